@@ -1,0 +1,111 @@
+"""What a run costs: parameters, FLOPs, seconds, memory. The same keys in every domain."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_distill.core.distiller import Distiller
+from lit_distill.core.networks import count_parameters
+
+WARMUP_BATCHES = 5
+INFERENCE_BATCH = 128
+INFERENCE_SECONDS = 0.3
+
+
+class Efficiency(Callback):
+    """Measures `efficiency/*` and keeps the figures in `values`, from where the run's summary takes them.
+
+    - `step_seconds`, `samples_per_second`: wall time of training batches, loading included, validation and the first
+      few batches excluded; over all processes.
+    - `student_params`, `teacher_params`, `compression` (teacher over student), `student_flops` (one forward of one
+      sample, multiply and add counted as two, by torch's own counter).
+    - `inference_samples_per_second`: the student alone, batches of 128, on the device of the run.
+    - `peak_memory_bytes`: of the device; on CPU, of the process.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self._seconds = 0.0
+        self._samples = 0
+        self._batches = 0
+        self._last = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of the epoch."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the time since the last batch."""
+        now = time.perf_counter()
+        self._batches += 1
+        if self._batches > WARMUP_BATCHES:
+            self._seconds += now - self._last
+            self._samples += _samples(batch)
+        self._last = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Turns the times into figures."""
+        if self._samples:
+            self.values["step_seconds"] = self._seconds / (self._batches - WARMUP_BATCHES)
+            self.values["samples_per_second"] = self._samples * trainer.world_size / self._seconds
+        if pl_module.device.type == "cuda":
+            self.values["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(pl_module.device))
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            self.values["peak_memory_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the student itself, and sends everything to the loggers."""
+        if not isinstance(pl_module, Distiller):
+            return
+        student = getattr(pl_module, pl_module.product)
+        self.values["student_params"] = count_parameters(student)
+        if pl_module.teacher is not None:
+            self.values["teacher_params"] = count_parameters(pl_module.teacher)
+            self.values["compression"] = self.values["teacher_params"] / max(self.values["student_params"], 1)
+        example = pl_module.example_inputs()
+        # Under FSDP2 the student is sharded: its forward is a collective, and its FLOPs are spread over processes.
+        if example is not None and pl_module.device_mesh is None:
+            self.values["student_flops"] = float(_flops(student, example))
+            self.values["inference_samples_per_second"] = _throughput(student, example)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"efficiency/{k}": v for k, v in self.values.items()}, step=pl_module.iteration)
+
+
+def _samples(batch: Any) -> int:
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    values = batch.values() if isinstance(batch, dict) else batch
+    return next((_samples(value) for value in values), 0)
+
+
+@torch.no_grad()
+def _flops(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        network(*example)
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def _throughput(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> float:
+    batch = tuple(tensor.expand(INFERENCE_BATCH, *tensor.shape[1:]).contiguous() for tensor in example)
+    network(*batch)
+    _synchronize(batch[0])
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < INFERENCE_SECONDS:
+        network(*batch)
+        _synchronize(batch[0])
+        count += 1
+    return count * INFERENCE_BATCH / (time.perf_counter() - start)
+
+
+def _synchronize(tensor: torch.Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,87 @@
+"""Exponential moving average of the student alone."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.optim.swa_utils import AveragedModel
+
+from lit_distill.core.distiller import Distiller
+from lit_distill.core.errors import UsageError
+
+
+class EMA(EMAWeightAveraging):
+    """Lightning's EMA callback, over the product of distillation instead of the whole module.
+
+    A teacher, a critic or a projector is never averaged, and the teacher is not copied. The averaged student is what is
+    validated, tested and exported; the raw one goes on training.
+
+    Args:
+        decay: Weight of the old average, per step.
+        update_every_n_steps: Steps between updates.
+        update_starting_at_step: First step that is averaged; all if None.
+    """
+
+    def __init__(
+        self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
+    ) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise UsageError(f"EMA: decay is {decay}; it must be at least 0 and below 1")
+        super().__init__(
+            decay=decay, update_every_n_steps=update_every_n_steps, update_starting_at_step=update_starting_at_step
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copies the student at the start of a fit."""
+        if stage != "fit":
+            return
+        if pl_module.device_mesh is not None:
+            raise UsageError("callback EMA averages whole networks; leave it out under --trainer.strategy fsdp2")
+        pl_module.configure_model()
+        self._average_model = AveragedModel(_product(pl_module), use_buffers=self._use_buffers, **self._kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves the average to the device of training."""
+        if self._average_model is not None:
+            self._average_model.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Updates the average."""
+        super().on_train_batch_end(trainer, _product(pl_module), outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Updates the average where it counts in epochs."""
+        super().on_train_epoch_end(trainer, _product(pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the averaged student in the module."""
+        super().on_train_end(trainer, _product(pl_module))
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swaps the averaged student in."""
+        super().on_validation_epoch_start(trainer, _product(pl_module))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swaps the raw student back."""
+        super().on_validation_epoch_end(trainer, _product(pl_module))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the average beside the raw student."""
+        if self._average_model is not None:
+            checkpoint["ema"] = self._average_model.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the average back."""
+        if self._average_model is not None and "ema" in checkpoint:
+            self._average_model.load_state_dict(checkpoint["ema"])
+
+
+def _product(module: LightningModule) -> Any:
+    name = module.product if isinstance(module, Distiller) else "student"
+    network = getattr(module, name, None)
+    if not isinstance(network, torch.nn.Module):
+        raise UsageError(f"callback EMA: {type(module).__name__} has no network '{name}' to average")
+    return network

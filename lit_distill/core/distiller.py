@@ -1,0 +1,239 @@
+"""The base of all methods: networks at rest and in training, optimizers, one iteration counter. No batch logic."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_distill.core.errors import RunError
+from lit_distill.core.networks import freeze
+from lit_distill.core.reference import Reference
+from lit_distill.core.strategies import shard
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """Builds the default optimizer: SGD with the constants of the CIFAR protocol of the KD literature."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+class Distiller(LightningModule):
+    """A student, perhaps a teacher, and what every method needs around them.
+
+    - Networks named in `frozen` stay in eval mode, get no gradient, and are left out of checkpoints: they come back
+      from their own source.
+    - Every network is sharded when the strategy provides a device mesh (FSDP2).
+    - `iteration` counts training batches. Lightning's `global_step` advances once per optimizer, so schedules,
+      alternation and logging use this counter. It is part of the checkpoint.
+    - The randomness of a step (dropout, noise) is a function of (seed, iteration, rank), so that a resumed run draws
+      what the uninterrupted one would have drawn.
+
+    A subclass builds its losses in `build` (networks exist, shapes can be probed) and its loss in `training_step`.
+    Terms that need no teacher are named in `label_terms`. What a run shall show beside numbers (reliability bins, sample
+    grids) goes into `panels` by kind.
+
+    Args:
+        student: The network to train.
+        teacher: The network to learn from, if the method has one.
+        optimizer: Builds the optimizer from parameters.
+        lr_scheduler: Builds a learning rate schedule from the optimizer; it steps once per `scheduler_interval`.
+        scheduler_interval: "epoch" or "step".
+    """
+
+    reference: ClassVar[Reference | None] = None
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    product: ClassVar[str] = "student"
+    label_terms: ClassVar[frozenset[str]] = frozenset({"ce"})
+
+    student: nn.Module
+    teacher: nn.Module | None
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        optimizer: OptimizerCallable = sgd,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: str = "epoch",
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.scheduler_interval = scheduler_interval
+        self.iteration = 0
+        self.terms: dict[str, Tensor] = {}
+        self.panels: dict[str, Any] = {}
+        self._window: list[Tensor] = []
+        self._built = False
+
+    def build(self) -> None:
+        """Makes what depends on shapes (projectors, heads, caches). Called once, before sharding and optimizers."""
+
+    def configure_model(self) -> None:
+        """Builds, freezes and, under FSDP2, shards. Lightning calls it before each of fit, validate, test, predict."""
+        if self._built:
+            return
+        self.build()
+        for network in self._frozen_networks():
+            freeze(network)
+        if self.device_mesh is not None:
+            for child in self.children():
+                if next(child.parameters(), None) is not None:
+                    shard(child, self.device_mesh)
+        self._built = True
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """Sets the mode of everything but the frozen networks, which stay in eval."""
+        super().train(mode)
+        for network in self._frozen_networks():
+            network.eval()
+        return self
+
+    def teacher_hits(self, batch: Any) -> tuple[Tensor, float] | None:
+        """Says on which samples of a validation batch the teacher is right, (B,) bool, and what chance would give.
+
+        None where there is no such thing as right.
+        """
+        return None
+
+    def example_inputs(self) -> tuple[Tensor, ...] | None:
+        """Returns the arguments of the product network for one sample, for counting and export; None if unknown."""
+        return None
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Returns the parameters that the (first) optimizer trains."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all trainable parameters. Methods with several override this."""
+        return self.optimizer_with_schedule(self.trainable(), self.optimizer)
+
+    def optimizer_with_schedule(self, parameters: list[nn.Parameter], optimizer: OptimizerCallable) -> dict[str, Any]:
+        """Builds one optimizer and its learning rate schedule in the form Lightning takes."""
+        built = optimizer(parameters)
+        if self.lr_scheduler is None:
+            return {"optimizer": built}
+        schedule = {"scheduler": self.lr_scheduler(built), "interval": self.scheduler_interval}
+        return {"optimizer": built, "lr_scheduler": schedule}
+
+    def optimize(self, loss: Tensor, optimizer: int = 0, *, clip_norm: float | None = None) -> None:
+        """Takes one step of one optimizer. For methods with `automatic_optimization = False`.
+
+        Args:
+            loss: Scalar to descend.
+            optimizer: Position in what `configure_optimizers` returned.
+            clip_norm: Largest gradient norm over this optimizer's parameters.
+        """
+        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+        chosen = optimizers[optimizer] if isinstance(optimizers, list) else optimizers
+        chosen.zero_grad()
+        self.manual_backward(loss)
+        if clip_norm is not None:
+            parameters = [parameter for group in chosen.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        chosen.step()
+        if schedulers is not None and self.scheduler_interval == "step":
+            (schedulers[optimizer] if isinstance(schedulers, list) else schedulers).step()
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Adds up the weighted terms of the loss, and logs their means over the logging interval.
+
+        The only host synchronisation is at the interval; there too a loss that is not finite stops the run.
+
+        Args:
+            terms: Weighted scalar terms by name; logged as `train/<name>`, their sum as `train/loss`.
+
+        Returns:
+            The sum.
+
+        Raises:
+            RunError: The mean loss of the interval is not finite.
+        """
+        self.terms = dict(terms)
+        values = torch.stack([value.float() for value in terms.values()])
+        self._window.append(values.detach())
+        if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:
+            self._log_window()
+        return values.sum()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Ties the step's randomness to (seed, iteration, rank)."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        mixed = _mix(seed, self.iteration, self.global_rank)
+        # Not torch.manual_seed: it visits every backend and costs 70 times as much, per step.
+        torch.default_generator.manual_seed(mixed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(mixed)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Counts the batch."""
+        self.iteration += 1
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the rest of the interval; steps per-epoch schedules that Lightning leaves to the module."""
+        self._log_window()
+        if not self.automatic_optimization and self.scheduler_interval == "epoch":
+            schedulers = self.lr_schedulers() or []
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                scheduler.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counter, leaves the frozen networks out."""
+        checkpoint["iteration"] = self.iteration
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the counter back, and lets the frozen networks stand for what the checkpoint left out."""
+        self.iteration = checkpoint["iteration"]
+        if "state_dict" in checkpoint:
+            own = self.state_dict()
+            checkpoint["state_dict"].update({key: value for key, value in own.items() if self._is_frozen(key)})
+
+    @property
+    def strict_loading(self) -> bool:
+        """Strict, but under FSDP2, where Lightning loads before the frozen networks can be filled in."""
+        return self.device_mesh is None
+
+    def _frozen_networks(self) -> list[nn.Module]:
+        networks = (getattr(self, name, None) for name in self.frozen)
+        return [network for network in networks if network is not None]
+
+    def _is_frozen(self, key: str) -> bool:
+        return key.partition(".")[0] in self.frozen
+
+    def _log_window(self) -> None:
+        if not self._window:
+            return
+        means = self.trainer.strategy.reduce(torch.stack(self._window).mean(0), reduce_op="mean")
+        self._window.clear()
+        values = dict(zip(self.terms, means.tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunError(
+                    f"train/{name} is {value} at iteration {self.iteration}; lower the learning rate or the weight of "
+                    "the term, or clip gradients (--trainer.gradient_clip_val 1.0); the last good checkpoint is kept"
+                )
+        logged = {f"train/{name}": value for name, value in values.items()} | {"train/loss": sum(values.values())}
+        self.log("train/loss", logged["train/loss"], prog_bar=True, logger=False)
+        for logger in self.loggers:
+            logger.log_metrics({**logged, "epoch": self.current_epoch}, step=self.iteration)
+
+
+def _mix(*parts: int) -> int:
+    """Hashes whole numbers to 63 bits (splitmix64), so that neighbouring seeds and steps share nothing."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+

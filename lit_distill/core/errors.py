@@ -1,0 +1,13 @@
+"""The two errors that a user sees as one line.
+
+Everything a user can get wrong ends in one of these, with a message that names the key, the value and the remedy.
+The command turns them into one line and an exit status; `--debug` shows the traceback.
+"""
+
+
+class UsageError(ValueError):
+    """The request cannot be carried out as written: unknown key, wrong value, parts that do not fit. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """The request was fine, the run failed: non-finite loss, corrupt file, full disk. Exit status 1."""

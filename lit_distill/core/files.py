@@ -1,0 +1,63 @@
+"""Files that are whole or absent: everything is written beside its target and moved into place."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lit_distill.core.errors import RunError
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yields a temporary path in the folder of `target`; moves it onto `target` when the block ends without error.
+
+    The data is flushed to the disk before the move, so that after a power cut the target is the old file or the
+    new one, never half of one.
+
+    Args:
+        target: Where the finished file shall lie. Missing folders are made.
+
+    Raises:
+        RunError: The folder cannot be written or the disk is full. The old target stays as it was.
+    """
+    target = Path(target)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        temporary = Path(name)
+        os.fchmod(handle, 0o666 & ~_umask())
+        os.close(handle)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another folder with --run.root"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(target: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    with atomic_path(target) as path:
+        path.write_text(json.dumps(value, indent=2, sort_keys=False, allow_nan=True) + "\n", encoding="utf-8")
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8, atomically."""
+    with atomic_path(target) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,78 @@
+"""FSDP2 as a Lightning strategy, `--trainer.strategy fsdp2`, and the plan by which a network is sharded."""
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallel, second generation: every device works on its own part of the batch.
+
+    Lightning's `ModelParallelStrategy` puts the devices of a node into the tensor-parallel group unless told otherwise;
+    distillation wants all of them in the data-parallel group. Runs on CPU processes (gloo) too.
+
+    Args:
+        save_distributed_checkpoint: One file per process instead of one file. For networks that do not fit one host.
+        process_group_backend: "nccl", "gloo"; chosen by the device if None.
+        timeout_seconds: How long a collective may wait.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout_seconds: int = 1800,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+
+    def setup_environment(self) -> None:
+        """Makes one data-parallel group of all devices of all nodes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel (FSDP2), all devices")
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+    """Shards a network in place over the data-parallel group: its blocks first, then the rest as the root.
+
+    Blocks are the classes a transformers model names in `_no_split_modules`, otherwise the entries of the outermost
+    `ModuleList`s and `Sequential`s. Names of modules and parameters stay as they are.
+
+    Args:
+        network: The network; trained or frozen.
+        mesh: The mesh that Lightning's strategy provides.
+        options: Passed to `fully_shard` (mixed precision, resharding).
+    """
+    group = mesh["data_parallel"]
+    for block in _blocks(network):
+        fully_shard(block, mesh=group, **options)
+    fully_shard(network, mesh=group, **options)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    named = set(getattr(network, "_no_split_modules", None) or ())
+    if named:
+        return [module for module in network.modules() if type(module).__name__ in named]
+    blocks: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            # A block is worth a collective of its own only if it has weights, and more than one layer.
+            blocks += [entry for entry in child if any(True for _ in entry.children()) and _has_parameters(entry)]
+        else:
+            blocks += _blocks(child)
+    return blocks
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

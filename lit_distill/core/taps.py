@@ -1,0 +1,128 @@
+"""Feature taps: what a network computes inside, by the names its own `named_modules()` gives."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_distill.core.errors import UsageError
+
+
+class FeatureTaps:
+    """Runs a network and returns its output together with what the named modules returned on the way.
+
+    Hooks live only while the network runs. So nothing is left behind in copies (EMA), under `torch.compile` of other
+    code, or between forwards; and under DDP and FSDP2, which run the same modules, names and features are the same.
+
+    A module that runs several times in one forward (a shared ReLU, a shared transformer block) has one output per run:
+    `"relu:0"` is the first, `"relu:-1"` the last. The plain name of such a module is refused, since it is ambiguous.
+
+    Args:
+        network: The network to watch.
+        names: Module names, as `network.named_modules()` gives them, with an optional `:run`.
+
+    Raises:
+        UsageError: A name is not in the network; the message lists the nearest real names.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        self.network = network
+        self.names = tuple(dict.fromkeys(names))
+        self._runs = {name: _split(name) for name in self.names}
+        known = dict(network.named_modules())
+        for name, (path, _) in self._runs.items():
+            if path not in known or not path:
+                near = difflib.get_close_matches(path, [key for key in known if key], n=4, cutoff=0.3)
+                raise UsageError(
+                    f"tap '{name}' is not a module of {type(network).__name__}; nearest: {', '.join(near) or 'none'}"
+                )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Runs the network.
+
+        Returns:
+            The network's output, and the tapped outputs by name.
+
+        Raises:
+            UsageError: A tapped module did not run, ran several times under its plain name, or returned no tensor.
+        """
+        if not self.names:
+            return self.network(*args, **kwargs), {}
+        seen: dict[str, list[Any]] = {path: [] for path, _ in self._runs.values()}
+        modules = dict(self.network.named_modules())
+        handles = [
+            # The list is bound now: each hook fills its own.
+            modules[path].register_forward_hook(lambda _module, _args, output, runs=runs: runs.append(output))
+            for path, runs in seen.items()
+        ]
+        try:
+            output = self.network(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output, {name: self._pick(name, seen) for name in self.names}
+
+    def _pick(self, name: str, seen: Mapping[str, list[Any]]) -> Tensor:
+        path, run = self._runs[name]
+        outputs = seen[path]
+        if not outputs:
+            raise UsageError(f"tap '{name}' did not run in this forward; tap a module that the network calls")
+        if run is None and len(outputs) > 1:
+            raise UsageError(
+                f"tap '{name}' ran {len(outputs)} times in one forward; say which run: '{path}:0' ... '{path}:-1'"
+            )
+        index = run or 0
+        if not -len(outputs) <= index < len(outputs):
+            raise UsageError(f"tap '{name}': the module ran {len(outputs)} times; use :0 to :{len(outputs) - 1}")
+        feature = outputs[index]
+        if not isinstance(feature, Tensor):
+            raise UsageError(f"tap '{name}' returned {type(feature).__name__}, not a tensor; tap a module inside it")
+        return feature
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    path, colon, run = name.partition(":")
+    if not colon:
+        return path, None
+    try:
+        return path, int(run)
+    except ValueError:
+        raise UsageError(f"tap '{name}': after the colon stands the run, a whole number such as :0 or :-1") from None
+
+
+@torch.no_grad()
+def probe(network: nn.Module, sample_shape: Sequence[int], names: Sequence[str] = ()) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """Finds output and feature shapes by running the network once on zeros.
+
+    Runs in eval mode on a batch of two, on the network's own device, and leaves mode and buffers as they were.
+
+    Args:
+        network: The network.
+        sample_shape: Shape of one sample without the batch dimension, such as (3, 32, 32).
+        names: Taps, see `FeatureTaps`.
+
+    Returns:
+        The output for two samples, and the shape of each tapped feature without the batch dimension.
+
+    Raises:
+        UsageError: The network does not accept such a sample.
+    """
+    parameter = next(network.parameters(), torch.empty(0))
+    sample = torch.zeros((2, *sample_shape), device=parameter.device, dtype=parameter.dtype)
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        output, features = FeatureTaps(network, names)(sample)
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{type(network).__name__} does not accept a sample of shape {tuple(sample_shape)}: {reason}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return output, {name: tuple(feature.shape[1:]) for name, feature in features.items()}

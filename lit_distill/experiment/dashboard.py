@@ -1,0 +1,712 @@
+"""The comparison as one HTML page that needs nothing else: no server, no network, no second file.
+
+Figures are plain Plotly specifications (`data`, `layout`). Colours in them are names such as `@c1` or `@c1/0.2`, which
+the page's script resolves from its style sheet, so that light and dark come from one place.
+"""
+
+import base64
+import hashlib
+import html
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lit_distill.core.files import write_text
+from lit_distill.experiment.compare import MOST_SENTENCES, Comparison, Group
+from lit_distill.experiment.runs import FINISHED, UNFINISHED, Run
+from lit_distill.experiment.tables import (
+    MISSING,
+    Column,
+    columns,
+    is_marked,
+    is_percent,
+    lower_is_better,
+    metric_name,
+    scaled,
+    sentences,
+    show,
+    show_plain,
+)
+
+Spec = dict[str, Any]
+
+MOST_DRAWN = 24  # more rows than this cannot be told apart in a plot
+CURVE_POINTS = 200  # about the width of a plot in steps that the eye can tell apart
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+_DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")  # "dot" is the baseline's
+_COLOURS = 7
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a row is drawn, the same in every figure: colour name, marker, dash."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page, with what a reader who cannot see it needs.
+
+    Attributes:
+        id: Identifier, unique on the page.
+        title: Heading.
+        caption: What is drawn and how to read it.
+        summary: The content in a sentence, for screen readers.
+        specs: Name -> Plotly specification; with several, the page offers a choice.
+        head: Column names of the numbers behind the figure.
+        rows: The numbers behind the figure, as text.
+        height: Height in pixels.
+    """
+
+    id: str
+    title: str
+    caption: str
+    summary: str
+    specs: Mapping[str, Spec]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    height: int = 340
+
+
+def write_dashboard(comparison: Comparison, path: str | Path) -> None:
+    """Writes the page.
+
+    Args:
+        comparison: What to show.
+        path: The HTML file; links to run folders are relative to it.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    write_text(path, render(comparison, Path(path).parent))
+
+
+def render(comparison: Comparison, folder: Path) -> str:
+    """The page as text, for a file that will lie in `folder`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("lit_distill.experiment"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    table = columns(comparison)
+    drawn = drawn_groups(comparison)
+    looks = _looks(comparison)
+    notes = list(comparison.notes)
+    if len(drawn) < len(comparison.groups):
+        notes.append(f"figures show {len(drawn)} of {len(comparison.groups)} rows: the baseline and the best")
+    figures = [
+        figure
+        for draw in (dot_plot, difference_plot, learning_curves, size_plot)
+        if (figure := draw(comparison, drawn, looks)) is not None
+    ]
+    panels, panel_notes = panel_figures(drawn, looks)
+    notes += panel_notes
+    plotly, script, style = (
+        Markup(get_plotlyjs()),
+        *(
+            Markup(environment.loader.get_source(environment, name)[0])  # type: ignore[union-attr]
+            for name in ("dashboard.js", "dashboard.css")
+        ),
+    )
+    specs = {figure.id: figure.specs for figure in (*figures, *panels)}
+    return environment.get_template("dashboard.html.j2").render(
+        title=", ".join(dict.fromkeys(run.experiment for run in comparison.runs)) or "no runs",
+        sentences=sentences(comparison)[:MOST_SENTENCES],
+        facts=_facts(comparison),
+        notes=notes,
+        columns=table,
+        rows=[_row(comparison, index, table, looks) for index in range(len(comparison.groups))],
+        all_metrics=_all_metrics(drawn),
+        figures=figures,
+        panels=panels,
+        specs=_clean(specs),
+        runs=[_run_row(run, folder) for run in comparison.runs],
+        configs=[(group.label, group.runs[0].name, without_secrets(group.runs[0].config_text())) for group in drawn],
+        environment=_environment(comparison),
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        plotly=plotly,
+        script=script,
+        style=style,
+        # Only these two scripts may run, and nothing may be fetched, whatever a name or a configuration contains.
+        script_hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (plotly, script)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def drawn_groups(comparison: Comparison) -> list[Group]:
+    """The rows that figures show: all if they are few, else the baseline and the best in the metric."""
+    if len(comparison.groups) <= MOST_DRAWN:
+        return list(comparison.groups)
+    sign = -1 if lower_is_better(comparison.metric) else 1
+
+    def rank(group: Group) -> tuple[bool, float]:
+        stat = group.stats.get(comparison.metric)
+        return comparison.is_baseline(group), -math.inf if stat is None else sign * stat.mean
+
+    kept = {group.label for group in sorted(comparison.groups, key=rank, reverse=True)[:MOST_DRAWN]}
+    return [group for group in comparison.groups if group.label in kept]
+
+
+def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
+    """Every seed's value of the metric, and the mean with two standard errors, row by row."""
+    metric = comparison.metric
+    shown = [group for group in groups if metric in group.stats]
+    if not shown:
+        return None
+    data: list[Spec] = []
+    for place, group in enumerate(shown):
+        look, stat = looks[group.label], group.stats[metric]
+        seeds = group.values(metric)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [scaled(metric, value) for value in seeds.values()],
+                "y": [place + shift for shift in _spread(len(seeds))],
+                "text": [f"{_plain(group.label)}, seed {seed}" for seed in seeds],
+                "hovertemplate": "%{text}: %{x:.4~g}<extra></extra>",
+                "marker": {"color": f"@{look.colour}/0.45", "symbol": look.symbol, "size": 7},
+            }
+        )
+        data.append(
+            _mean_and_reach(group, place, look, scaled(metric, stat.mean), scaled(metric, 2 * (stat.se or 0.0)))
+        )
+    layout = _rows_layout(shown, _axis_title(metric))
+    return Figure(
+        "dots",
+        f"{metric_name(metric).capitalize()} of every run",
+        "Small marks are single seeds; the large mark is their mean, with two standard errors to each side.",
+        "; ".join(f"{group.label}: {show(metric, group.stats[metric])}" for group in shown),
+        {"": {"data": data, "layout": layout}},
+        ("stage", "seed", _axis_title(metric)),
+        [
+            (group.label, str(seed), f"{scaled(metric, value):.4g}")
+            for group in shown
+            for seed, value in group.values(metric).items()
+        ],
+        height=_rows_height(groups),
+    )
+
+
+def difference_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
+    """Paired differences to the baseline with their 95 % intervals, row by row."""
+    metric = comparison.metric
+    shown = [group for group in groups if group.difference is not None]
+    if not shown:
+        return None
+    data: list[Spec] = []
+    for place, group in enumerate(shown):
+        look, difference = looks[group.label], group.difference
+        assert difference is not None
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [scaled(metric, value) for value in difference.per_seed.values()],
+                "y": [place + shift for shift in _spread(difference.n)],
+                "text": [f"{_plain(group.label)}, seed {seed}" for seed in difference.per_seed],
+                "hovertemplate": "%{text}: %{x:+.3~g}<extra></extra>",
+                "marker": {"color": f"@{look.colour}/0.45", "symbol": look.symbol, "size": 7},
+            }
+        )
+        reach = scaled(metric, difference.high - difference.mean)
+        data.append(_mean_and_reach(group, place, look, scaled(metric, difference.mean), reach))
+    unit = "percentage points" if is_percent(metric) else metric_name(metric)
+    direction = "below zero is better" if lower_is_better(metric) else "above zero is better"
+    layout = _rows_layout(shown, f"difference in {unit}")
+    ends = [0.0] + [
+        scaled(metric, value)
+        for group in shown
+        if (d := group.difference) is not None
+        for value in (d.low, d.high, *d.per_seed.values())
+    ]
+    margin = 0.06 * (max(ends) - min(ends) or 1.0)
+    layout["xaxis"] |= {
+        "range": [min(ends) - margin, max(ends) + margin],
+        "zeroline": True,
+        "zerolinewidth": 2,
+        "zerolinecolor": "@muted",
+    }
+    return Figure(
+        "differences",
+        f"Paired difference to {comparison.baseline}",
+        f"Small marks are single seeds, the large mark is their mean with its 95 % interval; {direction}.",
+        "; ".join(
+            f"{group.label}: {scaled(metric, d.mean):+.2f}, interval {scaled(metric, d.low):.2f} to "
+            f"{scaled(metric, d.high):.2f}"
+            for group in shown
+            if (d := group.difference) is not None
+        ),
+        {"": {"data": data, "layout": layout}},
+        ("stage", "seed", f"difference in {unit}"),
+        [
+            (group.label, str(seed), f"{scaled(metric, value):+.3g}")
+            for group in shown
+            if group.difference is not None
+            for seed, value in group.difference.per_seed.items()
+        ],
+        height=_rows_height(groups),
+    )
+
+
+def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
+    """Mean over seeds against the step, with one standard deviation as a band; one specification for each metric."""
+    histories = {group.label: [run.history() for run in group.runs] for group in groups}
+    keys = {key for history in histories.values() for run in history for key in run}
+    like_metric = "val/" + comparison.metric.rpartition("/")[2]
+    chosen = sorted(
+        (key for key in keys if key.partition("/")[0] in ("val", "train")),
+        key=lambda key: (key != like_metric, not key.startswith("val/"), key),
+    )
+    specs: dict[str, Spec] = {}
+    rows = []
+    for key in chosen:
+        data: list[Spec] = []
+        for group in groups:
+            curve = mean_curve([run[key] for run in histories[group.label] if key in run])
+            if curve is None:
+                continue
+            steps, mean, sd = curve
+            look, mean = looks[group.label], [scaled(key, value) for value in mean]
+            if sd is not None:
+                reach = [scaled(key, value) for value in sd]
+                data.append(_band(group, look, steps, mean, reach))
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers" if len(steps) <= 40 else "lines",
+                    "name": _axis_label(group.label),
+                    "legendgroup": group.label,
+                    "x": steps,
+                    "y": mean,
+                    "line": {"color": f"@{look.colour}", "width": 2, "dash": look.dash},
+                    "marker": {"symbol": look.symbol, "size": 5},
+                    "hovertemplate": f"{_plain(group.label)}, step %{{x}}: %{{y:.4~g}}<extra></extra>",
+                }
+            )
+            rows.append((metric_name(key), group.label, f"{steps[-1]:,}", f"{mean[-1]:.4g}"))
+        if data:
+            specs[key] = {
+                "data": data,
+                "layout": {
+                    "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
+                    "yaxis": {"title": {"text": _axis_title(key)}},
+                    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+                    "showlegend": True,
+                },
+            }
+    if not specs:
+        return None
+    return Figure(
+        "curves",
+        "Learning curves",
+        "Mean over seeds, with a band of one standard deviation to each side. A tap on the legend hides a row.",
+        f"Curves of {len(specs)} metrics; the last value of each row is in the table of numbers.",
+        specs,
+        ("metric", "stage", "last step", "last mean"),
+        rows,
+        height=420,
+    )
+
+
+def size_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
+    """The metric against the student's parameters, on a logarithmic axis."""
+    metric, size = comparison.metric, "efficiency/student_params"
+    shown = [
+        group for group in groups if metric in group.stats and group.stats.get(size) and group.stats[size].mean > 0
+    ]
+    if not shown:
+        return None
+    data = []
+    for group in shown:
+        look, stat = looks[group.label], group.stats[metric]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": _axis_label(group.label),
+                "x": [group.stats[size].mean],
+                "y": [scaled(metric, stat.mean)],
+                "error_y": {
+                    "type": "data",
+                    "array": [scaled(metric, 2 * (stat.se or 0.0))],
+                    "thickness": 1.5,
+                    "width": 4,
+                },
+                "marker": {"color": f"@{look.colour}", "symbol": look.symbol, "size": 12},
+                "hovertemplate": f"{_plain(group.label)}: %{{y:.4~g}} with %{{x:,}} parameters<extra></extra>",
+            }
+        )
+    return Figure(
+        "size",
+        f"{metric_name(metric).capitalize()} against size",
+        "Mean with two standard errors; up and to the left is better."
+        if not lower_is_better(metric)
+        else "Mean with two standard errors; down and to the left is better.",
+        "; ".join(f"{g.label}: {g.stats[size].mean:,.0f} parameters, {show(metric, g.stats[metric])}" for g in shown),
+        {
+            "": {
+                "data": data,
+                "layout": {
+                    "xaxis": {"type": "log", "title": {"text": "parameters of the student"}, "dtick": 1, "nticks": 6},
+                    "yaxis": {"title": {"text": _axis_title(metric)}},
+                    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+                    "showlegend": True,
+                },
+            }
+        },
+        ("stage", "parameters", _axis_title(metric)),
+        [(g.label, f"{g.stats[size].mean:,.0f}", show(metric, g.stats[metric])) for g in shown],
+        height=420,
+    )
+
+
+def mean_curve(
+    curves: Sequence[tuple[Sequence[int], Sequence[float]]],
+) -> tuple[list[int], list[float], list[float] | None] | None:
+    """Mean and standard deviation of several seeds' curves.
+
+    Taken at the first curve's steps, as far as all curves reach; others are interpolated linearly, which changes
+    nothing where the steps agree. Long curves are thinned to `CURVE_POINTS`. Non-finite values are left out.
+
+    Returns:
+        Steps, means, standard deviations (None for one curve), or None where the curves do not overlap.
+    """
+    import numpy as np
+
+    finite = [
+        (np.asarray(steps, float)[keep], np.asarray(values, float)[keep])
+        for steps, values in curves
+        if (keep := np.isfinite(np.asarray(values, float))).any()
+    ]
+    if not finite:
+        return None
+    first, last = max(steps[0] for steps, _ in finite), min(steps[-1] for steps, _ in finite)
+    grid = finite[0][0]
+    grid = grid[(grid >= first) & (grid <= last)]
+    if grid.size == 0:
+        return None
+    if grid.size > CURVE_POINTS:
+        grid = grid[np.unique(np.linspace(0, grid.size - 1, CURVE_POINTS).round().astype(int))]
+    stacked = np.stack([np.interp(grid, steps, values) for steps, values in finite])
+    sd = stacked.std(axis=0, ddof=1).tolist() if len(finite) > 1 else None
+    return grid.astype(int).tolist(), stacked.mean(axis=0).tolist(), sd
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels: what a summary holds beyond numbers. A new kind is a function and a line in PANELS.
+
+
+def reliability_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
+    """Reliability diagram, pooled over seeds: accuracy in each bin of confidence, above the share of samples in it."""
+    import numpy as np
+
+    confidence, accuracy, count = (
+        np.array([panel[key] for panel in panels], float) for key in ("confidence", "accuracy", "count")
+    )
+    if not (confidence.shape == accuracy.shape == count.shape) or confidence.ndim != 2 or not count.sum() > 0:
+        raise ValueError("bins of unequal number, or empty")
+    confidence, accuracy = np.where(count > 0, confidence, 0), np.where(count > 0, accuracy, 0)
+    gap = np.abs(confidence - accuracy)
+    ece = ((count * gap).sum(axis=1) / count.sum(axis=1)).mean()
+    total = count.sum(axis=0)
+    weight = np.maximum(total, 1)
+    mean_accuracy = [
+        float(a) if n else None for a, n in zip((count * accuracy).sum(axis=0) / weight, total, strict=True)
+    ]
+    mean_confidence = (count * confidence).sum(axis=0) / weight
+    share = (100 * total / total.sum()).tolist()
+    bins = len(total)
+    centres = [(i + 0.5) / bins for i in range(bins)]
+    counts = [f"{n:,.0f}" for n in total]
+    width = 0.9 / bins
+    data: list[Spec] = [
+        {
+            "type": "bar",
+            "x": centres,
+            "y": mean_accuracy,
+            "width": width,
+            "marker": {"color": f"@{look.colour}/0.75"},
+            "customdata": counts,
+            "hovertemplate": "confidence %{x:.2f}: accuracy %{y:.3f}, %{customdata} samples<extra></extra>",
+        },
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [0, 1],
+            "y": [0, 1],
+            "line": {"color": "@ink", "width": 1.5, "dash": "dash"},
+            "hoverinfo": "skip",
+        },
+        {
+            "type": "bar",
+            "x": centres,
+            "y": share,
+            "width": width,
+            "yaxis": "y2",
+            "marker": {"color": "@muted/0.6"},
+            "customdata": counts,
+            "hovertemplate": "confidence %{x:.2f}: %{customdata} samples, %{y:.1f} %<extra></extra>",
+        },
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "confidence"}, "range": [0, 1], "dtick": 0.25, "anchor": "y2"},
+        "yaxis": {"title": {"text": "accuracy"}, "range": [0, 1], "dtick": 0.25, "domain": [0.34, 1]},
+        "yaxis2": {"title": {"text": "% samples"}, "domain": [0, 0.24], "rangemode": "tozero", "nticks": 3},
+        "bargap": 0,
+    }
+    stat = group.stats.get("test/ece")
+    shown = show("test/ece", stat) if stat is not None else f"{100 * ece:.1f}"
+    label = f"{group.label}: ECE {shown} %"
+    return Figure(
+        "",
+        label,
+        f"{len(panels)} seed{'s' if len(panels) != 1 else ''}, {total.sum():,.0f} samples",
+        f"Reliability diagram. Expected calibration error {shown} percent",
+        {"": {"data": data, "layout": layout}},
+        ("bin", "mean confidence", "accuracy", "samples"),
+        [
+            (f"{i / bins:.2f} to {(i + 1) / bins:.2f}", f"{mean_confidence[i]:.3f}", f"{accuracy_:.3f}", counts[i])
+            for i, accuracy_ in enumerate(mean_accuracy)
+            if accuracy_ is not None
+        ],
+        height=330,
+    )
+
+
+PANELS: dict[str, Callable[[Group, Sequence[Any], Look], Figure]] = {"reliability": reliability_panel}
+
+
+def panel_figures(groups: Sequence[Group], looks: Mapping[str, Look]) -> tuple[list[Figure], list[str]]:
+    """All panels of the drawn rows, and notes on what could not be shown."""
+    figures: list[Figure] = []
+    notes: list[str] = []
+    unknown: set[str] = set()
+    for group in groups:
+        for kind in sorted({kind for run in group.runs for kind in run.panels}):
+            draw = PANELS.get(kind)
+            if draw is None:
+                unknown.add(kind)
+                continue
+            try:
+                drawn = draw(group, [run.panels[kind] for run in group.runs if kind in run.panels], looks[group.label])
+            except (KeyError, TypeError, ValueError) as error:
+                notes.append(f"{group.label}: panel {kind!r} is left out, its data are malformed ({error})")
+                continue
+            figures.append(Figure(**{**vars(drawn), "id": f"panel-{len(figures)}"}))
+    notes += [f"panel {kind!r} is left out: this version cannot draw it" for kind in sorted(unknown)]
+    return figures, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of figures
+
+
+def _looks(comparison: Comparison) -> dict[str, Look]:
+    """The baseline is neutral, other rows take colours in turn; markers and dashes differ too, for print."""
+    looks = {}
+    coloured = 0
+    for group in comparison.groups:
+        if comparison.is_baseline(group):
+            looks[group.label] = Look("neutral", "circle", "dot")
+            continue
+        coloured += 1
+        looks[group.label] = Look(
+            f"c{(coloured - 1) % _COLOURS + 1}",
+            _SYMBOLS[coloured % len(_SYMBOLS)],
+            _DASHES[(coloured - 1) % len(_DASHES)],
+        )
+    return looks
+
+
+def _mean_and_reach(group: Group, place: int, look: Look, mean: float, reach: float) -> Spec:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [mean],
+        "y": [place],
+        "error_x": {"type": "data", "array": [reach], "thickness": 2, "width": 6, "color": f"@{look.colour}"},
+        "marker": {
+            "color": f"@{look.colour}",
+            "symbol": look.symbol,
+            "size": 13,
+            "line": {"color": "@card", "width": 1.5},
+        },
+        "hovertemplate": f"{_plain(group.label)}: %{{x:.4~g}} ± {reach:.2g}<extra></extra>",
+    }
+
+
+def _band(group: Group, look: Look, steps: list[int], mean: list[float], reach: list[float]) -> Spec:
+    upper = [m + r for m, r in zip(mean, reach, strict=True)]
+    lower = [m - r for m, r in zip(mean, reach, strict=True)]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": steps + steps[::-1],
+        "y": upper + lower[::-1],
+        "fill": "toself",
+        "fillcolor": f"@{look.colour}/0.16",
+        "line": {"width": 0},
+        "legendgroup": group.label,
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+
+
+def _rows_layout(groups: Sequence[Group], title: str) -> Spec:
+    return {
+        "xaxis": {"title": {"text": title}},
+        "yaxis": {
+            "tickvals": list(range(len(groups))),
+            "ticktext": [_axis_label(group.label) for group in groups],
+            "range": [len(groups) - 0.5, -0.5],
+            "showgrid": False,
+            "zeroline": False,
+        },
+    }
+
+
+def _rows_height(groups: Sequence[Group]) -> int:
+    return 90 + 56 * max(len(groups), 2)
+
+
+def _spread(n: int) -> list[float]:
+    """Small shifts that keep the marks of n seeds apart, the same on every drawing."""
+    return [0.3 * (i / (n - 1) - 0.5) if n > 1 else 0.0 for i in range(n)]
+
+
+def _axis_title(metric: str) -> str:
+    return metric_name(metric) + (" in %" if is_percent(metric) else "") + (" ↓" if lower_is_better(metric) else "")
+
+
+def _plain(text: str) -> str:
+    """Text for Plotly, which reads a few HTML tags and `%{...}`; neither may come from a name."""
+    return html.escape(text).replace("%{", "% {")
+
+
+def _axis_label(label: str, longest: int = 22) -> str:
+    return _plain(label if len(label) <= longest else label[: longest - 1] + "…")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the page
+
+_ICONS = {
+    "circle": "M6 1.5a4.5 4.5 0 1 0 0 9a4.5 4.5 0 1 0 0-9z",
+    "square": "M2 2h8v8H2z",
+    "diamond": "M6 .8L11.2 6L6 11.2L.8 6z",
+    "triangle-up": "M6 1.2L11 10H1z",
+    "triangle-down": "M6 10.8L11 2H1z",
+    "cross": "M4.3 1h3.4v3.3H11v3.4H7.7V11H4.3V7.7H1V4.3h3.3z",
+    "x": "M3.2 1L6 3.8L8.8 1L11 3.2L8.2 6L11 8.8L8.8 11L6 8.2L3.2 11L1 8.8L3.8 6L1 3.2z",
+    "star": "M6 .8l1.5 3.4l3.7.4l-2.8 2.5l.8 3.6L6 8.9l-3.2 1.8l.8-3.6L.8 4.6l3.7-.4z",
+}
+
+
+def _row(comparison: Comparison, index: int, table: Sequence[Column], looks: Mapping[str, Look]) -> dict[str, Any]:
+    group = comparison.groups[index]
+    look = looks[group.label]
+    return {
+        "label": group.label,
+        "method": group.method.rpartition(".")[2],
+        "method_path": group.method,
+        "colour": look.colour,
+        "icon": _ICONS[look.symbol],
+        "baseline": comparison.is_baseline(group),
+        "why_none": group.why_none,
+        "cells": [(column.cells[index], is_marked(group, column)) for column in table],
+    }
+
+
+def _all_metrics(groups: Sequence[Group]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names, and for each row every figure as text."""
+    keys = sorted({key for group in groups for key in group.stats})
+    numbers = [
+        (
+            group.label,
+            [
+                show_plain(stat) if (stat := group.stats.get(key)) and "/" not in key else show(key, stat)
+                for key in keys
+            ],
+        )
+        for group in groups
+    ]
+    return keys, numbers
+
+
+def _run_row(run: Run, folder: Path) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "experiment": run.experiment,
+        "seed": str(run.seed) if run.finished else MISSING,
+        "status": run.status,
+        "kind": run.status if run.status in (FINISHED, UNFINISHED) else "broken",
+        "path": str(run.path),
+        "link": quote(Path(os.path.relpath(run.path, folder)).as_posix()) + "/",
+    }
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    finished = [run for run in comparison.runs if run.finished]
+    others = len(comparison.runs) - len(finished)
+    data = dict.fromkeys(run.data.rpartition(".")[2].removesuffix("DataModule") for run in finished)
+    return [
+        ("runs", f"{len(finished)} finished" + (f", {others} not" if others else "")),
+        ("rows", str(len(comparison.groups))),
+        ("data", ", ".join(data) or MISSING),
+        ("metric", metric_name(comparison.metric)),
+        ("baseline", comparison.baseline or "none"),
+    ]
+
+
+def _environment(comparison: Comparison) -> list[tuple[str, str]]:
+    """Versions and machine: name -> every value that occurs."""
+    found: dict[str, dict[str, None]] = {}
+    for run in comparison.runs:
+        for table in ("versions", "machine"):
+            for key, value in ((run.summary or {}).get(table) or {}).items():
+                if value is not None:
+                    found.setdefault(str(key), {})[str(value)] = None
+    return [(key, " / ".join(values)) for key, values in found.items()]
+
+
+_SECRET_KEY = re.compile(
+    r"^(\s*(?:- )?[\w.-]*?(?:api_?key|secret|password|passwd|(?:^|[_\s.-])token)['\"]?:\s*)\S.*$", re.I | re.M
+)
+_SECRET_VALUE = re.compile(r"\b(?:sk-|hf_|ghp_|github_pat_|xox[abp]-|AKIA)[\w-]{12,}")
+
+
+def without_secrets(config: str) -> str:
+    """The configuration with keys, tokens and passwords blanked, by the setting's name or the value's known shape."""
+    return _SECRET_VALUE.sub("[hidden]", _SECRET_KEY.sub(r"\1[hidden]", config))
+
+
+def _clean(value: Any) -> Any:
+    """The value for JSON: floats with six digits, None for what JSON cannot write."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return value
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,88 @@
+"""The student alone, out of a run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_distill.core.errors import UsageError
+from lit_distill.core.files import atomic_path, write_json
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+def save_student(network: Any, spec: Mapping[str, Any], folder: Path) -> None:
+    """Writes a network as `model.safetensors` and `config.json`, so that it loads without this run and without pickles.
+
+    Args:
+        network: The trained network.
+        spec: Its `{class_path, init_args}`, from the run's configuration.
+        folder: `student/` of the run.
+    """
+    from safetensors.torch import save_model
+
+    with atomic_path(folder / WEIGHTS_FILE) as path:
+        save_model(network, str(path))
+    write_json(folder / CONFIG_FILE, network_spec(spec))
+
+
+def network_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Strips `pretrained` around a network's specification: the exported weights replace the original ones."""
+    while str(spec.get("class_path", "")).rpartition(".")[2] == "pretrained":
+        spec = spec["init_args"].get("network") or json.loads(
+            (_student_folder(Path(spec["init_args"]["weights"])) / CONFIG_FILE).read_text(encoding="utf-8")
+        )
+    return dict(spec)
+
+
+def export(run: str, to: str, format: Literal["safetensors", "onnx"] = "safetensors") -> int:  # noqa: A002 (the flag's name)
+    """Writes the student of a finished run into a folder of its own.
+
+    Args:
+        run: The run folder, such as runs/quickstart/kd-s0.
+        to: Folder to write.
+        format: "safetensors" (weights and config.json, loaded by lit_distill.core.pretrained) or "onnx".
+    """
+    source = _student_folder(Path(run))
+    target = Path(to)
+    if not (source / WEIGHTS_FILE).is_file():
+        raise UsageError(f"export: {run} holds no student; finish the run first (the same command again resumes it)")
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise UsageError(f"--to: {target} is not empty; name a new folder")
+    if format == "onnx":
+        _export_onnx(source, Path(run), target)
+    else:
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            with atomic_path(target / name) as path:
+                path.write_bytes((source / name).read_bytes())
+    print(f"student of {run} written to {target}")
+    return 0
+
+
+def _student_folder(run: Path) -> Path:
+    return run / "student" if (run / "student").is_dir() else run
+
+
+def _export_onnx(source: Path, run: Path, target: Path) -> None:
+    try:
+        import onnx  # noqa: F401 (torch's exporter needs it)
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--format onnx needs two more packages; pip install onnx onnxscript") from error
+    import torch
+
+    from lit_distill.core.networks import pretrained
+
+    summary_path = run / "summary.json"
+    shape = json.loads(summary_path.read_text(encoding="utf-8")).get("sample_shape") if summary_path.is_file() else None
+    if shape is None:
+        raise UsageError(f"export: {run} does not record a sample shape; finish the run first")
+    network = pretrained(str(source)).eval()
+    batch = torch.export.Dim("batch")
+    with atomic_path(target / "model.onnx") as path:
+        program = torch.onnx.export(
+            network, (torch.zeros(2, *shape),), dynamo=True, dynamic_shapes=[{0: batch}], verbose=False
+        )
+        assert program is not None
+        program.save(str(path), external_data=False)

@@ -1,0 +1,278 @@
+"""LightningCLI with a run folder: one configuration in, one folder with everything about the run out."""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_distill.core.callbacks import Efficiency, TeacherCheck
+from lit_distill.core.checkpoint_io import AtomicCheckpointIO
+from lit_distill.core.distiller import Distiller
+from lit_distill.core.errors import UsageError
+from lit_distill.core.files import write_text
+from lit_distill.experiment.confighash import config_hash, first_difference
+from lit_distill.experiment.export import save_student
+from lit_distill.experiment.logger import METRICS_FILE, RunLogger
+from lit_distill.experiment.summary import SUMMARY_FILE, write_summary
+
+CONFIG_FILE = "config.yaml"
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class AlreadyFinishedError(Exception):
+    """The run asked for is there, complete; not a mistake."""
+
+
+@dataclass
+class RunOptions:
+    """Where the run is kept, and what happens around it.
+
+    Args:
+        root: Folder of all runs.
+        experiment: Folder of this experiment, inside root.
+        name: Folder of this run, inside the experiment. If left out, the method's name and a hash of the configuration,
+            so that the same command finds its run again and a changed one gets a new folder.
+        stage: What runs that differ by seed alone have in common; the comparison groups by it. The method if left out.
+        test: Whether fit ends with a test on the test split.
+        overwrite: Whether another run's folder of the same name may be replaced.
+        threads: Number of CPU threads; torch's own choice if left out.
+        checkpoint_steps: Batches between resume points, for long epochs; the end of each epoch if left out.
+        key: Set by recipes, to know their runs again.
+    """
+
+    root: str = "runs"
+    experiment: str = "default"
+    name: str | None = None
+    stage: str | None = None
+    test: bool = True
+    overwrite: bool = False
+    threads: int | None = None
+    checkpoint_steps: int | None = None
+    key: str | None = None
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI in subclass mode, plus a run folder that resumes.
+
+    `fit` writes `runs/<experiment>/<name>/`; the same command again resumes an interrupted run or says that it is
+    finished. `validate`, `test` and `predict` with a run's `config.yaml` take its last checkpoint.
+    """
+
+    config_sha: str = ""
+    folder: Path
+
+    def __init__(self, args: list[str]) -> None:
+        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        options = {"parser_mode": "omegaconf+", "exit_on_error": False}
+        self._started = time.time()
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**options, **{name: dict(options) for name in SUBCOMMANDS}},
+            args=args,
+        )
+
+    # ---- parsing ---------------------------------------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--run.*`."""
+        parser.add_class_arguments(RunOptions, "run", instantiate=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, without LightningCLI's warning about two sources of arguments: `main` always passes them."""
+        self.config = parser.parse_args(args)
+
+    # ---- before the run --------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Finds the run folder, refuses what would lose something, and sets what follows from the folder."""
+        config = self.config[self.subcommand]
+        run = config.run
+        if run.threads is not None:
+            if run.threads < 1:
+                raise UsageError(f"--run.threads is {run.threads}; give at least 1")
+            torch.set_num_threads(run.threads)
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self.config_sha = config_hash(text)
+        if run.name is None:
+            run.name = f"{_last(config.model.class_path).lower()}-{self.config_sha[:8]}"
+            text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self.folder = Path(run.root) / run.experiment / run.name
+        if self.subcommand == "fit":
+            self._open_folder(config, text)
+        elif config.ckpt_path is None and (self.folder / LAST_CHECKPOINT).is_file():
+            config.ckpt_path = str(self.folder / LAST_CHECKPOINT)
+            _say(f"using {config.ckpt_path}")
+        self._check_checkpoint(config)
+
+    def _open_folder(self, config: Any, text: str) -> None:
+        folder, run = self.folder, config.run
+        if rank_zero_only.rank == 0:
+            if (folder / CONFIG_FILE).is_file():
+                self._meet_earlier_run(text, overwrite=run.overwrite)
+            elif folder.exists() and any(folder.iterdir()) and not run.overwrite:
+                raise UsageError(f"--run.name: {folder} holds files of something else; choose another --run.name")
+            if not (folder / CONFIG_FILE).is_file():
+                write_text(folder / CONFIG_FILE, text)
+        if config.ckpt_path is None and (folder / LAST_CHECKPOINT).is_file():
+            config.ckpt_path = str(folder / LAST_CHECKPOINT)
+            _say(f"resuming {folder} from its last checkpoint")
+
+    def _meet_earlier_run(self, text: str, *, overwrite: bool) -> None:
+        folder = self.folder
+        earlier = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+        if config_hash(earlier) != self.config_sha:
+            if not overwrite:
+                raise UsageError(
+                    f"--run.name: {folder} holds a run with another configuration ({first_difference(earlier, text)}); "
+                    "choose another --run.name, or --run.overwrite true"
+                )
+        elif (folder / SUMMARY_FILE).is_file():
+            if not overwrite:
+                raise AlreadyFinishedError(f"{folder} is finished; --run.overwrite true runs it again")
+        else:
+            return
+        for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "student"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _check_checkpoint(self, config: Any) -> None:
+        path = config.ckpt_path
+        if path is not None and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
+            raise UsageError(f"--ckpt_path: {path} does not exist")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the run's logger, resume points, efficiency figures and the teacher check."""
+        config = dict(self._get(self.config_init, "trainer", default={}))
+        fitting = self.subcommand == "fit"
+        config["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
+        config["logger"] = self._loggers(config.get("logger")) if fitting else config.get("logger") or False
+        if fitting and not _is_sharding(config.get("strategy")):
+            config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
+        self.efficiency = Efficiency()
+        callbacks: list[Callback] = []
+        if fitting and config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+            steps = self.config[self.subcommand].run.checkpoint_steps
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=self.folder / LAST_CHECKPOINT.parent,
+                    filename=LAST_CHECKPOINT.stem,
+                    enable_version_counter=False,
+                    every_n_train_steps=steps,
+                    every_n_epochs=None if steps else 1,
+                    save_on_train_epoch_end=None if steps else True,
+                )
+            )
+        if fitting:
+            callbacks += [TeacherCheck(), self.efficiency]
+        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+
+    def _loggers(self, logger: Any) -> Any:
+        if logger is False:
+            return False
+        loggers = [entry for entry in _as_list(logger) if entry is not True]
+        if any(isinstance(entry, RunLogger) for entry in loggers):
+            return loggers
+        run = self.config[self.subcommand].run
+        # First, so that Lightning takes the run folder as its log_dir.
+        others = [entry for entry in loggers if not isinstance(entry, CSVLogger)]
+        if any(isinstance(entry, TensorBoardLogger) for entry in others):
+            others.sort(key=lambda entry: isinstance(entry, TensorBoardLogger))
+        return [RunLogger(run.root, name=run.experiment, version=run.name), *others]
+
+    # ---- after the run ---------------------------------------------------------------------------------------------
+
+    def after_fit(self) -> None:
+        """Keeps the student, tests it, and writes the summary: from here on the run is finished."""
+        trainer, config = self.trainer, self.config[self.subcommand]
+        if trainer.fast_dev_run or trainer.interrupted:
+            return
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        fit_model = self.model
+        student = getattr(fit_model, fit_model.product, None) if isinstance(fit_model, Distiller) else None
+        if student is not None and getattr(fit_model, "device_mesh", None) is None and trainer.is_global_zero:
+            spec = _plain(config.model.init_args[fit_model.product])  # type: ignore[union-attr]  # a Distiller has one
+            save_student(student, spec, self.folder / "student")
+        if config.run.test and _has_test_data(self.datamodule, fit_model):
+            results = trainer.test(fit_model, datamodule=self.datamodule, verbose=False)
+            metrics |= {key: float(value) for row in results for key, value in row.items() if key.startswith("test/")}
+        if trainer.is_global_zero:
+            write_summary(
+                self.folder,
+                config=_plain(config),
+                model=fit_model,
+                datamodule=self.datamodule,
+                metrics=metrics,
+                efficiency=self.efficiency.values,
+                config_hash=self.config_sha,
+                started=self._started,
+            )
+            _say(f"{self.folder}: " + ", ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items())))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predicts and keeps the outputs in `predictions.safetensors` of the run folder."""
+        from safetensors.torch import save_file
+
+        from lit_distill.core.files import atomic_path
+
+        outputs = self.trainer.predict(**kwargs)
+        rows = [row for row in outputs or [] if isinstance(row, dict)]
+        if rows and self.trainer.is_global_zero:
+            tensors = {key: torch.cat([row[key].cpu() for row in rows]).contiguous() for key in rows[0]}
+            with atomic_path(self.folder / "predictions.safetensors") as path:
+                save_file(tensors, path)
+            _say(f"predictions of {len(next(iter(tensors.values())))} samples in {self.folder / 'predictions.safetensors'}")
+
+
+def _has_test_data(datamodule: Any, model: Any) -> bool:
+    overridden = type(datamodule).test_dataloader is not LightningDataModule.test_dataloader
+    return datamodule is not None and overridden and type(model).test_step is not LightningModule.test_step
+
+
+def _is_sharding(strategy: Any) -> bool:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    return "fsdp" in name.lower() or "modelparallel" in name.lower() or "deepspeed" in name.lower()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, jsonargparse.Namespace):
+        return {key: _plain(entry) for key, entry in vars(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _last(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+

@@ -1,0 +1,253 @@
+"""Runs on disk: finding them, reading them, and saying what is wrong with the ones that cannot be read.
+
+A run is a folder `runs/<experiment>/<name>/` with `config.yaml` from the start, `metrics.csv` while it trains, and
+`summary.json` at the end. The summary is written atomically, so its absence means that the run has not finished.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_distill.core.errors import UsageError
+
+SCHEMA = 1
+
+FINISHED = "finished"
+UNFINISHED = "unfinished"
+
+_Kind = type | tuple[type, ...]
+_REQUIRED: dict[str, _Kind] = {"method": str, "data": str, "networks": dict, "seed": int, "metrics": dict}
+_OPTIONAL: dict[str, _Kind] = {
+    "experiment": str,
+    "name": str,
+    "stage": str,
+    "domain": str,
+    "efficiency": dict,
+    "panels": dict,
+    "versions": dict,
+    "machine": dict,
+    "started": str,
+    "finished": str,
+    "seconds": (int, float),
+    "config_hash": str,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        path: The folder.
+        status: `"finished"`, `"unfinished"` (no summary yet: running or killed) or `"broken: <why>"`.
+        summary: The content of summary.json of a finished run, None otherwise.
+    """
+
+    path: Path
+    status: str
+    summary: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the summary is there and well formed."""
+        return self.summary is not None
+
+    @property
+    def name(self) -> str:
+        """The name of the folder, such as `kd-s0`."""
+        return self.path.name
+
+    @property
+    def experiment(self) -> str:
+        """The experiment's name: what the summary says, else the name of the folder above."""
+        return self._get("experiment") or self.path.parent.name
+
+    @property
+    def stage(self) -> str:
+        """The stage of the recipe, or the method's class name for a run outside recipes."""
+        return self._get("stage") or self.method.rpartition(".")[2]
+
+    @property
+    def method(self) -> str:
+        """Class path of the method, empty while unfinished."""
+        return self._get("method") or ""
+
+    @property
+    def domain(self) -> str:
+        """The domain (`image`, `graph`, ...), empty while unfinished."""
+        return self._get("domain") or ""
+
+    @property
+    def data(self) -> str:
+        """Class path of the data module, empty while unfinished."""
+        return self._get("data") or ""
+
+    @property
+    def seed(self) -> int:
+        """The seed, -1 while unfinished."""
+        return -1 if self.summary is None else int(self.summary["seed"])
+
+    @property
+    def started(self) -> str:
+        """Start time in ISO format, empty while unfinished."""
+        return self._get("started") or ""
+
+    @property
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """Role -> `{"class_path": ..., "params": ...}`, without roles that the method leaves empty."""
+        return {role: network for role, network in (self._get("networks") or {}).items() if network}
+
+    @property
+    def panels(self) -> dict[str, Any]:
+        """Panel kind -> its data, for the dashboard."""
+        return self._get("panels") or {}
+
+    def figures(self) -> dict[str, float]:
+        """All single numbers of the run: metrics, `efficiency/...`, and `seconds` of wall time.
+
+        Values may be infinite or NaN where a run diverged.
+        """
+        if self.summary is None:
+            return {}
+        numbers = dict(self.summary["metrics"])
+        numbers |= {f"efficiency/{key}": value for key, value in (self._get("efficiency") or {}).items()}
+        numbers["seconds"] = self._get("seconds")
+        if (student := self.networks.get("student")) is not None:
+            numbers.setdefault("efficiency/student_params", student.get("params"))
+        return {key: float(value) for key, value in numbers.items() if _is_number(value)}
+
+    def _get(self, key: str) -> Any:
+        return None if self.summary is None else self.summary.get(key)
+
+    def config_text(self) -> str:
+        """The resolved configuration as YAML text; empty where the file is missing or unreadable."""
+        return _text_or_empty(self.path / "config.yaml")
+
+    def history(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Reads metrics.csv: metric -> (steps, values), sorted by step.
+
+        A resumed run logs some steps again: the last value wins. A last line without its line end was cut off in the
+        middle and is left out, since half of a number still reads as a number. Cells that are no number are left out.
+        """
+        text = _text_or_empty(self.path / "metrics.csv")
+        lines = text[: text.rfind("\n") + 1].replace("\0", "").splitlines()
+        table = csv.reader(lines)
+        header = next(table, [])
+        if "step" not in header:
+            return {}
+        step_column = header.index("step")
+        columns = [(index, key) for index, key in enumerate(header) if key and key not in ("step", "epoch")]
+        values: dict[str, dict[int, float]] = {key: {} for _, key in columns}
+        for row in table:
+            step = _number(row[step_column]) if step_column < len(row) else None
+            if step is None or not math.isfinite(step):
+                continue
+            for index, key in columns:
+                if index < len(row) and (value := _number(row[index])) is not None:
+                    values[key][int(step)] = value
+        history = {}
+        for key, points in values.items():
+            if points:
+                steps = sorted(points)
+                history[key] = (steps, [points[step] for step in steps])
+        return history
+
+
+def find_runs(dirs: Iterable[str | Path]) -> list[Run]:
+    """Finds the run folders in and below the given folders, sorted by path, each once.
+
+    A folder is a run when it holds `config.yaml` or `summary.json`; folders inside a run are not searched. A run
+    that is still going, cut off, of an older schema or otherwise unreadable is returned with a status that says so.
+
+    Raises:
+        UsageError: One of the folders does not exist.
+    """
+    found: dict[str, Run] = {}
+    for top in dirs:
+        if not Path(top).is_dir():
+            raise UsageError(
+                f"no such folder of runs: {top}; give folders that hold run folders, such as runs/quickstart"
+            )
+        for folder, inside, files in os.walk(top):
+            if "config.yaml" in files or "summary.json" in files:
+                inside.clear()
+                found.setdefault(os.path.realpath(folder), read_run(folder))
+            else:
+                inside[:] = [name for name in inside if not name.startswith(".")]
+    return sorted(found.values(), key=lambda run: str(run.path))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads one run folder. Never raises: what is wrong stands in the status."""
+    path = Path(folder)
+    try:
+        with (path / "summary.json").open(encoding="utf-8") as file:
+            summary = json.load(file)
+    except FileNotFoundError:
+        return Run(path, UNFINISHED)
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "truncated or not JSON"
+        return Run(path, f"broken: summary.json cannot be read ({why})")
+    wrong = _what_is_wrong(summary)
+    return Run(path, f"broken: {wrong}") if wrong else Run(path, FINISHED, summary)
+
+
+def _what_is_wrong(summary: Any) -> str:
+    """The first fault of a summary in words, empty if there is none."""
+    if not isinstance(summary, dict):
+        return "summary.json holds no mapping"
+    if summary.get("schema") != SCHEMA:
+        return f"summary.json has schema {summary.get('schema')!r}, this version reads {SCHEMA}"
+    for key, kind in _REQUIRED.items():
+        if not isinstance(summary.get(key), kind) or isinstance(summary.get(key), bool):
+            return f"summary.json: {key} is {_short(summary.get(key))}, not {_kind_name(kind)}"
+    for key, kind in _OPTIONAL.items():
+        if summary.get(key) is not None and not isinstance(summary[key], kind):
+            return f"summary.json: {key} is {_short(summary[key])}, not {_kind_name(kind)}"
+    for table in ("metrics", "efficiency"):
+        for key, value in (summary.get(table) or {}).items():
+            if value is not None and not _is_number(value):
+                return f"summary.json: {table}.{key} is {_short(value)}, not a number"
+    for role, network in summary["networks"].items():
+        if network is None:
+            continue
+        if not isinstance(network, dict) or not isinstance(network.get("class_path"), str):
+            return f"summary.json: networks.{role} has no class_path"
+        if network.get("params") is not None and not _is_number(network["params"]):
+            return f"summary.json: networks.{role}.params is {_short(network['params'])}, not a number"
+    return ""
+
+
+def _kind_name(kind: _Kind) -> str:
+    names: dict[_Kind, str] = {str: "a text", dict: "a mapping", int: "a whole number"}
+    return names.get(kind, "a number")
+
+
+def _short(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value.bit_length() < 1024  # larger ones do not fit into a float
+    return isinstance(value, float)
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _text_or_empty(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,287 @@
+"""The base of image classifier methods: labels plus a weighted list of losses against a frozen teacher."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lit_distill.core.cache import TeacherCache, weights_fingerprint
+from lit_distill.core.distiller import Distiller
+from lit_distill.core.errors import UsageError
+from lit_distill.core.networks import freeze
+from lit_distill.core.schedules import Schedule, value_at
+from lit_distill.core.taps import FeatureTaps, probe
+from lit_distill.image.data import ImageBatch
+from lit_distill.image.metrics import classification_metrics, reliability
+
+
+class Outputs(NamedTuple):
+    """What a network said about a batch.
+
+    Attributes:
+        logits: (B, K).
+        features: Tapped features by module name, (B, ...).
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor]
+
+
+class Shapes(NamedTuple):
+    """What the networks' probed shapes are, for losses that build projectors.
+
+    Attributes:
+        student: Feature shape by tap, without the batch dimension.
+        teacher: The same of the teacher.
+        num_classes: K.
+    """
+
+    student: dict[str, tuple[int, ...]]
+    teacher: dict[str, tuple[int, ...]]
+    num_classes: int
+
+
+class DistillationLoss(nn.Module):
+    """One loss between student and teacher, with the taps it reads and the projectors it trains.
+
+    Args:
+        student_taps: Module names in the student whose outputs `forward` reads.
+        teacher_taps: The same in the teacher.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, student_taps: Sequence[str] = (), teacher_taps: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
+
+    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Fills in taps that were left open from what the networks say of themselves. Called before probing."""
+
+    def build(self, shapes: Shapes) -> None:
+        """Makes projectors for the probed shapes."""
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+        """Returns the unweighted loss of a batch."""
+        raise AssertionError(f"{type(self).__name__} is a base class; a loss defines forward")
+
+
+class Term:
+    """A loss and its weight in the sum.
+
+    Args:
+        loss: The loss.
+        weight: Its weight: a number, or a schedule over iterations.
+    """
+
+    def __init__(self, loss: DistillationLoss, weight: float | Schedule) -> None:
+        self.loss = loss
+        self.weight = weight
+
+
+def stages(network: nn.Module) -> tuple[str, ...]:
+    """Returns the names of a network's stages, whose outputs the feature losses read unless told otherwise.
+
+    Raises:
+        UsageError: The network does not say (`stages` attribute); the remedy is to name the taps.
+    """
+    names = getattr(network, "stages", None)
+    if isinstance(names, tuple | list) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    near = ", ".join(name for name, _ in network.named_children())
+    raise UsageError(
+        f"{type(network).__name__} names no stages; give student_taps and teacher_taps (its modules: {near})"
+    )
+
+
+class ImageDistiller(Distiller):
+    """Trains a classifier on labels and, by weighted terms, on a frozen teacher.
+
+    .. math:: L = \\gamma \\, \\mathrm{CE}(y, z^s) + \\sum_i w_i \\, L_i(\\text{student}, \\text{teacher})
+
+    Args:
+        student: The classifier to train; images (B, C, H, W) to logits (B, K).
+        teacher: The frozen classifier.
+        terms: Losses against the teacher with their weights.
+        label_weight: Weight of the cross-entropy on labels, the gamma above.
+        teacher_cache: File in which the teacher's outputs on the training set are kept, so that it runs once and not in
+            every epoch. Needs training images without random augmentation.
+        kwargs: See `Distiller`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        terms: Sequence[Term] = (),
+        label_weight: float | Schedule = 1.0,
+        teacher_cache: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, **kwargs)
+        if terms and teacher is None:
+            raise UsageError("model.teacher is missing; this method learns from a teacher")
+        self.losses = nn.ModuleDict({term.loss.name: term.loss for term in terms})
+        if len(self.losses) != len(terms):
+            raise UsageError("model.terms holds the same loss twice; give each its own class")
+        self.weights = {term.loss.name: term.weight for term in terms}
+        self.label_weight = label_weight
+        self.teacher_cache = teacher_cache
+        self._cache: TeacherCache | None = None
+
+    # ---- construction ----------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Probes both networks on the data's sample shape, checks that they fit, and builds projectors and metrics."""
+        data = self._data()
+        for loss in self._losses():
+            assert self.teacher is not None
+            loss.resolve(self.student, self.teacher)
+        self._student_taps = FeatureTaps(self.student, [tap for loss in self._losses() for tap in loss.student_taps])
+        logits, student_shapes = probe(self.student, data.sample_shape, self._student_taps.names)
+        self.num_classes = _classes(logits, self.student, "student")
+        _check_classes("student", self.num_classes, data.num_classes)
+        teacher_shapes: dict[str, tuple[int, ...]] = {}
+        if self.teacher is not None:
+            freeze(self.teacher)
+            self._teacher_taps = FeatureTaps(self.teacher, [tap for loss in self._losses() for tap in loss.teacher_taps])
+            logits, teacher_shapes = probe(self.teacher, data.sample_shape, self._teacher_taps.names)
+            _check_classes("teacher", _classes(logits, self.teacher, "teacher"), data.num_classes)
+        for loss in self._losses():
+            loss.build(Shapes(student_shapes, teacher_shapes, self.num_classes))
+        self.val_metrics = classification_metrics(self.num_classes, prefix="val/")
+        self.test_metrics = classification_metrics(self.num_classes, prefix="test/")
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """One image of zeros."""
+        return (torch.zeros((1, *self._data().sample_shape), device=self.device),)
+
+    def on_fit_start(self) -> None:
+        """Makes or opens the teacher cache."""
+        if self.teacher_cache is not None and self.teacher is not None and self._cache is None:
+            self._cache = self._open_cache(self.teacher_cache)
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Labels plus weighted terms."""
+        logits, features = self._student_taps(batch.images)
+        student = Outputs(logits, features)
+        terms: dict[str, Tensor] = {}
+        if label_weight := value_at(self.label_weight, self.iteration):
+            terms["ce"] = label_weight * F.cross_entropy(logits.float(), batch.labels)
+        if self.weights:
+            teacher = self.run_teacher(batch)
+            for loss in self._losses():
+                value = loss(student, teacher, batch.labels, self.iteration)
+                terms[loss.name] = value_at(self.weights[loss.name], self.iteration) * value
+        if not terms:
+            raise UsageError("model.label_weight is 0 and there is no teacher term; nothing is left to train on")
+        return self.combine(terms)
+
+    @torch.no_grad()
+    def run_teacher(self, batch: ImageBatch) -> Outputs:
+        """Returns the frozen teacher's outputs for a training batch, from the cache if there is one."""
+        if self._cache is not None:
+            outputs = self._cache(batch.index)
+            return Outputs(outputs.pop("logits"), outputs)
+        return Outputs(*self._teacher_taps(batch.images))
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Accuracy, calibration and likelihood on validation data."""
+        self.val_metrics.update(self.student(batch.images).float(), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/*`."""
+        self._log_metrics(self.val_metrics)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """The same on test data, and what the teacher says there."""
+        logits = self.student(batch.images).float()
+        self.test_metrics.update(logits, batch.labels)
+        if self.teacher is not None:
+            teacher = self.teacher(batch.images).float().argmax(1)
+            size = len(batch.labels)
+            self.log("test/teacher_acc", (teacher == batch.labels).float().mean(), batch_size=size, sync_dist=True)
+            self.log("test/agreement", (teacher == logits.argmax(1)).float().mean(), batch_size=size, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/*`, keeps the reliability bins."""
+        self.panels["reliability"] = reliability(self.test_metrics)
+        self._log_metrics(self.test_metrics)
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns index, label and class probabilities."""
+        return {
+            "index": batch.index,
+            "label": batch.labels,
+            "probabilities": self.student(batch.images).float().softmax(1),
+        }
+
+    def teacher_hits(self, batch: ImageBatch) -> tuple[Tensor, float] | None:
+        """Says where the teacher is right."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            return self.teacher(batch.images).argmax(1) == batch.labels, 1.0 / self.num_classes
+
+    # ---- helpers ---------------------------------------------------------------------------------------------------
+
+    def _log_metrics(self, metrics: Any) -> None:
+        self.log_dict(metrics.compute())
+        metrics.reset()
+
+    def _losses(self) -> list[DistillationLoss]:
+        return [loss for loss in self.losses.values() if isinstance(loss, DistillationLoss)]
+
+    def _data(self) -> Any:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UsageError("data is missing; image methods ask the data module for sample_shape and num_classes")
+        return data
+
+    def _open_cache(self, path: Path) -> TeacherCache:
+        data, teacher = self._data(), self.teacher
+        assert teacher is not None
+        described = data.fingerprint()
+        if described["random"]:
+            raise UsageError(
+                "model.teacher_cache: the training images are augmented at random, so one cached output per image is not "
+                "the teacher's output; set data.augment to false, or leave the cache out"
+            )
+        taps = self._teacher_taps.names
+        fingerprint = {"teacher": weights_fingerprint(teacher), "data": described, "outputs": ["logits", *taps]}
+        if not path.exists() and self.trainer.is_global_zero:
+            rank_zero_info(f"teacher cache {path}: running the teacher once over the training set")
+            TeacherCache.write(path, fingerprint, self._teacher_outputs(data), size=described["samples"])
+        self.trainer.strategy.barrier()
+        return TeacherCache.open(path, fingerprint)
+
+    @torch.no_grad()
+    def _teacher_outputs(self, data: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for batch in tqdm(data.ordered_loader(), desc="teacher cache", leave=False):
+            logits, features = self._teacher_taps(batch.images.to(self.device))
+            yield batch.index, {"logits": logits, **features}
+
+
+def _classes(logits: Any, network: nn.Module, role: str) -> int:
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"model.{role}: {type(network).__name__} returns {shape}; a classifier returns logits (B, K)")
+    return logits.shape[1]
+
+
+def _check_classes(role: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise UsageError(
+            f"model.{role} has {found} classes, the data has {wanted}; set model.{role}.init_args.num_classes to {wanted}"
+        )

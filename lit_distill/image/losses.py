@@ -1,0 +1,108 @@
+"""Image losses that read taps or train projectors, each built on a pure function of `lit_distill.losses`."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lit_distill.core.errors import UsageError
+from lit_distill.core.projectors import hint_regressor
+from lit_distill.core.schedules import Schedule, value_at
+from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, stages
+from lit_distill.losses import attention_transfer, forward_kl, hint_mse
+
+
+class LogitKL(DistillationLoss):
+    """T^2 KL(teacher || student) of the logits, see `lit_distill.losses.forward_kl`.
+
+    Args:
+        temperature: T, a number or a schedule over iterations.
+    """
+
+    name = "kd"
+
+    def __init__(self, temperature: float | Schedule = 4.0) -> None:
+        super().__init__()
+        if not isinstance(temperature, Schedule) and temperature <= 0:
+            raise UsageError(f"temperature is {temperature}; it must be above 0 (usual: 1 to 8)")
+        self.temperature = temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+        """Returns the loss of a batch."""
+        return forward_kl(student.logits, teacher.logits, temperature=value_at(self.temperature, iteration))
+
+
+class Hint(DistillationLoss):
+    """Mean squared error between a regressed student feature and the teacher's hint, see `lit_distill.losses.hint_mse`.
+
+    Args:
+        student_tap: Module name in the student (the guided layer); its middle stage if None.
+        teacher_tap: Module name in the teacher (the hint layer); its middle stage if None.
+    """
+
+    name = "hint"
+
+    def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None) -> None:
+        super().__init__([student_tap] if student_tap else [], [teacher_tap] if teacher_tap else [])
+        self.regressor: nn.Module = nn.Identity()
+
+    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Takes the middle stages where no tap was given."""
+        self.student_taps = self.student_taps or (_middle(stages(student)),)
+        self.teacher_taps = self.teacher_taps or (_middle(stages(teacher)),)
+
+    def build(self, shapes: Shapes) -> None:
+        """Makes the regressor from the student's to the teacher's shape."""
+        self.regressor = hint_regressor(shapes.student[self.student_taps[0]], shapes.teacher[self.teacher_taps[0]])
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+        """Returns the loss of a batch."""
+        regressed = self.regressor(student.features[self.student_taps[0]])
+        return hint_mse(regressed, teacher.features[self.teacher_taps[0]])
+
+
+class AttentionTransfer(DistillationLoss):
+    """Sum over stages of the difference of spatial attention, see `lit_distill.losses.attention_transfer`.
+
+    Args:
+        student_taps: Module names in the student, shallow to deep; its stages if None.
+        teacher_taps: As many in the teacher; its stages if None.
+        power: Exponent of the attention map.
+    """
+
+    name = "at"
+
+    def __init__(
+        self,
+        student_taps: Sequence[str] | None = None,
+        teacher_taps: Sequence[str] | None = None,
+        power: float = 2.0,
+    ) -> None:
+        super().__init__(student_taps or (), teacher_taps or ())
+        self.power = power
+
+    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Takes the stages where no taps were given."""
+        self.student_taps = self.student_taps or stages(student)
+        self.teacher_taps = self.teacher_taps or stages(teacher)
+
+    def build(self, shapes: Shapes) -> None:
+        """Checks that the taps are maps, in pairs."""
+        if len(self.student_taps) != len(self.teacher_taps):
+            raise UsageError(
+                f"attention transfer: {len(self.student_taps)} student taps and {len(self.teacher_taps)} teacher taps; "
+                "give student_taps and teacher_taps in pairs"
+            )
+        for tap, shape in [*shapes.student.items(), *shapes.teacher.items()]:
+            if tap in (*self.student_taps, *self.teacher_taps) and len(shape) != 3:
+                raise UsageError(f"attention transfer: tap '{tap}' has shape {shape}; tap modules that return (C, H, W)")
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+        """Returns the loss of a batch."""
+        pairs = zip(self.student_taps, self.teacher_taps, strict=True)
+        values = [attention_transfer(student.features[s], teacher.features[t], power=self.power) for s, t in pairs]
+        return sum(values[1:], start=values[0])
+
+
+def _middle(names: tuple[str, ...]) -> str:
+    return names[len(names) // 2]

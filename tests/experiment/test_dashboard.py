@@ -1,0 +1,353 @@
+"""The page: what it shows, that nothing from a configuration runs in it, and that it works in a real browser."""
+
+import html
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.dashboard import (
+    CURVE_POINTS,
+    MOST_DRAWN,
+    Look,
+    drawn_groups,
+    mean_curve,
+    panel_figures,
+    reliability_panel,
+    without_secrets,
+    write_dashboard,
+)
+from lit_distill.experiment.runs import find_runs
+
+LOOK = Look("c1", "circle", "solid")
+RELIABILITY = {"confidence": [0.25, 0.75], "accuracy": [0.5, 0.75], "count": [10, 30]}
+
+
+def history(accuracy):
+    rows = [f"{step},0,{2 - step / 100},{accuracy - 10 / step},{step / 1000}" for step in range(25, 101, 25)]
+    return "step,epoch,train/loss,val/acc,val/ece\n" + "\n".join(rows) + "\n"
+
+
+@pytest.fixture
+def page(write_run, tmp_path):
+    """Writes the page of all runs written so far and returns its path."""
+
+    def write(**options):
+        path = tmp_path / "page.html"
+        write_dashboard(compare_runs(find_runs([tmp_path / "runs"]), **options), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def quick(write_run):
+    """Five seeds of three stages, one teacher, one unfinished and one broken run."""
+    write_run("teacher", 0, {"test/acc": 0.98}, params=100_000, history=history(0.98), started="2026-01-01T00:00:00")
+    for seed in range(5):
+        for stage, gain in (("baseline", 0.0), ("kd", 0.02), ("fitnets", 0.001 * (-1) ** seed)):
+            accuracy = 0.9 + 0.003 * seed + gain + 0.001 * (seed % 2)
+            metrics = {"test/acc": accuracy, "test/ece": 0.03}
+            started = {"baseline": "2026-01-02", "kd": "2026-01-03", "fitnets": "2026-01-04"}[stage]
+            panels = {"reliability": RELIABILITY}
+            write_run(stage, seed, metrics, history=history(accuracy), panels=panels, started=started)
+    (write_run("at", 0) / "summary.json").unlink()
+    (write_run("at", 1) / "summary.json").write_text("{")
+
+
+def specs_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="specs">(.*?)</script>', text, re.S)[1])
+
+
+def visible(text):
+    """The page without plotly.js, script and style, with tags removed and entities read."""
+    text = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.S)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)))
+
+
+def test_the_page_tells_result_table_runs_and_configuration(quick, page):
+    text = visible(page().read_text())
+    assert "kd beats baseline by 2.0 ± 0.0 points of test accuracy over 5 paired seeds." in text
+    assert "16 finished, 2 not" in text
+    assert "at-s0 quick – unfinished" in text.replace("\N{EN DASH}", "–")  # noqa: RUF001
+    assert "broken: summary.json cannot be read" in text
+    assert "class_path: lit_distill.image.KD" in text
+    assert "lit_distill 0.1.0" in text
+
+
+def test_the_figures_draw_the_values_of_the_runs(quick, page):
+    specs = specs_of(page().read_text())
+    assert {"dots", "differences", "curves", "size"} <= specs.keys()
+    seeds = specs["dots"][""]["data"][2]  # the baseline's seeds; before them the teacher's seed and mean
+    assert seeds["x"] == pytest.approx([90.0, 90.4, 90.6, 91.0, 91.2])
+    difference = specs["differences"][""]["data"][1]
+    assert difference["x"] == pytest.approx([2.0])
+    assert list(specs["curves"]) == ["val/acc", "val/ece", "train/loss"]
+    teacher = specs["curves"]["val/acc"]["data"][0]
+    assert teacher["x"] == [25, 50, 75, 100]
+    assert teacher["y"] == pytest.approx([58.0, 78.0, 84.6667, 88.0])
+    assert [trace["x"] for trace in specs["size"][""]["data"]] == [[100_000], [1000], [1000], [1000]]
+
+
+HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "%{x}<b>")
+
+
+def test_hostile_text_never_appears_unescaped(write_run, page):
+    for at, text in enumerate(HOSTILE):
+        for seed in (0, 1):
+            write_run(
+                text,
+                seed,
+                {"test/acc": 0.9, f"val/{text}": 0.1},
+                name=f"run{at}-s{seed}",
+                history=f'step,epoch,"val/{text.replace(chr(34), chr(34) * 2)}"\n1,0,0.5\n',
+                config=f"model: {text}\n".replace("{", "{{").replace("}", "}}"),
+                experiment="quick",
+                method=f"evil.{text}",
+                data=f"evil.{text}",
+                versions={text: text},
+                panels={text: 1, "reliability": {text: text}},
+            )
+    (write_run("x", 0, name="unread") / "summary.json").write_text(json.dumps({"schema": HOSTILE[1]}))
+    path = page(baseline=HOSTILE[0])
+    text = path.read_text()
+    for hostile in HOSTILE[:3]:
+        assert hostile not in text
+    for start in ("<img", "<svg onload", "<b>", "alert(1)</script>"):
+        assert start not in text.replace(_plotly(), "")
+    assert len(re.findall("<script", text.replace(_plotly(), ""))) == 3
+    assert html.escape(HOSTILE[1], quote=False) in text  # it is there, escaped
+    labels = specs_of(text)["dots"][""]["layout"]["yaxis"]["ticktext"]
+    assert not any("<" in label for label in labels)  # Plotly reads tags in labels
+
+
+def _plotly():
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()
+
+
+def test_the_page_is_one_file_of_modest_size(quick, page):
+    path = page()
+    text = path.read_text().replace(_plotly(), "")
+    assert path.stat().st_size < 6e6
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(""", text)
+    assert "default-src 'none'" in text
+
+
+def test_secrets_of_a_configuration_are_hidden():
+    config = (
+        "logger:\n  api_key: abc123\n  token: 't0p'\n  wandb_token: xyz\nHF: hf_abcdefghijklmnop1234\n"
+        "max_tokens: 12\ntokenizer: gpt2\npassword: p\nsecret: null\n"
+    )
+    hidden = without_secrets(config)
+    for secret in ("abc123", "t0p", "xyz", "hf_abc", "password: p"):
+        assert secret not in hidden
+    assert "max_tokens: 12\ntokenizer: gpt2\n" in hidden
+    assert "  api_key: [hidden]\n" in hidden
+
+
+def test_without_finished_runs_the_page_still_lists_them(write_run, page):
+    (write_run("kd", 0) / "summary.json").unlink()
+    text = visible(page().read_text())
+    assert "No finished run to compare yet." in text
+    assert "kd-s0" in text
+
+
+def test_links_lead_from_the_page_to_the_run(write_run, page, tmp_path):
+    write_run("kd", 0, name="a b#c-s0")
+    (link,) = re.findall(r'<a href="(runs[^"]*)">', page().read_text())
+    assert link == "runs/quick/a%20b%23c-s0/"
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mean_curve_of_equal_steps_is_the_mean_at_each_step():
+    steps, mean, sd = mean_curve([([1, 2], [1.0, 3.0]), ([1, 2], [3.0, 3.0])])
+    assert (steps, mean) == ([1, 2], [2.0, 3.0])
+    assert sd == pytest.approx([math.sqrt(2), 0.0])
+
+
+def test_a_mean_curve_reaches_as_far_as_all_seeds_and_interpolates():
+    steps, mean, _ = mean_curve([([0, 10, 20, 30], [0.0, 1.0, 2.0, 3.0]), ([0, 20], [0.0, 4.0])])
+    assert (steps, mean) == ([0, 10, 20], [0.0, 1.5, 3.0])
+
+
+def test_a_mean_curve_without_common_steps_or_finite_values_is_none():
+    assert mean_curve([([0, 1], [0.0, 1.0]), ([5, 6], [0.0, 1.0])]) is None
+    assert mean_curve([([0, 1], [math.nan, math.inf])]) is None
+    assert mean_curve([]) is None
+
+
+def test_a_long_curve_is_thinned_but_keeps_its_ends():
+    steps, mean, sd = mean_curve([(list(range(10_000)), [float(i) for i in range(10_000)])])
+    assert (len(steps), steps[0], steps[-1], mean[-1], sd) == (CURVE_POINTS, 0, 9999, 9999.0, None)
+
+
+def test_reliability_is_pooled_by_the_samples_in_each_bin():
+    other = {"confidence": [0.25, 0.75], "accuracy": [0.0, 1.0], "count": [30, 10]}
+    group = SimpleNamespace(label="kd", stats={})
+    figure = reliability_panel(group, [RELIABILITY, other], LOOK)
+    bars = figure.specs[""]["data"][0]
+    assert bars["y"] == pytest.approx([(10 * 0.5 + 30 * 0.0) / 40, (30 * 0.75 + 10 * 1.0) / 40])
+    assert bars["customdata"] == ["40", "40"]
+    # ECE of the first: 10/40 * 0.25 + 0; of the second: 30/40 * 0.25 + 10/40 * 0.25; their mean is 15.625 %.
+    assert figure.title == "kd: ECE 15.6 %"
+
+
+def test_an_empty_bin_is_not_drawn_as_zero_accuracy():
+    panel = {"confidence": [0.0, 0.75], "accuracy": [math.nan, 0.75], "count": [0, 30]}
+    figure = reliability_panel(SimpleNamespace(label="kd", stats={}), [panel], LOOK)
+    assert figure.specs[""]["data"][0]["y"] == [None, 0.75]
+    assert len(figure.rows) == 1
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [[], {}, "text", {"confidence": [0.1], "accuracy": [1, 2], "count": [1]}, RELIABILITY | {"count": [0, 0]}],
+)
+def test_a_malformed_panel_is_a_note(write_run, tmp_path, panel):
+    write_run(panels={"reliability": panel})
+    groups = compare_runs(find_runs([tmp_path / "runs"])).groups
+    figures, notes = panel_figures(groups, {"kd": LOOK})
+    assert figures == []
+    assert "malformed" in notes[0]
+
+
+def test_an_unknown_panel_is_a_note(write_run, tmp_path):
+    write_run(panels={"tree": {}, "reliability": RELIABILITY})
+    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    assert len(figures) == 1
+    assert notes == ["panel 'tree' is left out: this version cannot draw it"]
+
+
+def test_many_rows_are_thinned_to_the_best_and_the_baseline(write_run, tmp_path):
+    write_run("baseline", 0, {"test/acc": 0.1})
+    for i in range(MOST_DRAWN + 5):
+        write_run(f"m{i}", 0, {"test/acc": 0.5 + 0.01 * i})
+    labels = [group.label for group in drawn_groups(compare_runs(find_runs([tmp_path / "runs"])))]
+    assert len(labels) == MOST_DRAWN
+    assert "baseline" in labels
+    assert f"m{MOST_DRAWN + 4}" in labels
+    assert "m0" not in labels
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+SIZES = [(1280, 900), (390, 844)]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install 'lit-distill[dev]')")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in f"{flags} disable-component-update disable-sync disable-dev-shm-usage".split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+@pytest.fixture
+def opened(browser, quick, page):
+    """Opens the page at a size; afterwards nothing may have been complained of or fetched."""
+
+    def open_at(width, height):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.get(page().as_uri())
+        return browser
+
+    browser.get_log("browser"), browser.get_log("performance")  # forget what earlier tests did
+    yield open_at
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [r["request"]["url"] for r in requests if r["documentURL"].startswith("file:")]  # not chromium's own pages
+    assert urls
+    assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
+def test_the_page_fits_and_every_plot_is_drawn(opened, size):
+    browser = opened(*size)
+    root = "document.documentElement"
+    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
+    assert browser.execute_script("return window.innerWidth") == size[0]
+    ids = browser.execute_script("return [...document.querySelectorAll('.plot')].map(plot => plot.id)")
+    assert len(ids) == 4 + 3  # four figures, and a reliability diagram for each row that has one
+    for name in ids:
+        drawn = f"document.getElementById('{name}').querySelector('svg.main-svg').getBoundingClientRect()"
+        assert 0 < browser.execute_script(f"return {drawn}.width") <= size[0]
+    labels = browser.execute_script("return [...document.querySelectorAll('.plot')].map(p => p.ariaLabel)")
+    assert all(labels)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
+def test_details_open_and_close_by_keyboard(opened, size):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser = opened(*size)
+    details = browser.find_element(By.CSS_SELECTOR, "details.config")
+    summary = details.find_element(By.TAG_NAME, "summary")
+    text = details.find_element(By.TAG_NAME, "pre")
+    assert not text.is_displayed()
+    summary.send_keys(Keys.ENTER)
+    assert text.is_displayed()
+    assert "seed_everything: 0" in text.text
+    summary.send_keys(Keys.SPACE)
+    assert not text.is_displayed()
+
+
+def test_the_first_tab_reaches_the_skip_link(opened):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser = opened(*SIZES[0])
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.text == "Skip to the results"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
+def test_another_metric_draws_other_curves(opened, size):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.select import Select
+
+    browser = opened(*size)
+    drawn = "return document.getElementById('curves').data.filter(trace => trace.name).map(trace => trace.y)"
+    title = "return document.querySelector('#curves .ytitle').textContent"
+    before = browser.execute_script(drawn)
+    assert browser.execute_script(title) == "val accuracy in %"
+    Select(browser.find_element(By.CSS_SELECTOR, "select[data-plot=curves]")).select_by_visible_text("train/loss")
+    after = browser.execute_script(drawn)
+    assert len(before) == len(after) == 4
+    assert after[0] == pytest.approx([1.75, 1.5, 1.25, 1.0])
+    assert before[0] != after[0]
+    assert browser.execute_script(title) == "train loss ↓"
+
+
+def test_dark_mode_changes_the_colours_of_the_plots(opened):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser = opened(*SIZES[0])
+    try:
+        for scheme, ink in (("light", "#1b1f23"), ("dark", "#e7eaec")):
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            colour = "return document.getElementById('curves').layout.font.color"
+            WebDriverWait(browser, 10).until(lambda page, ink=ink, colour=colour: page.execute_script(colour) == ink)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
