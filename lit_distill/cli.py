@@ -57,7 +57,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _dispatch(command: str, words: list[str]) -> int:
     if command in LIGHTNING:
-        return _lightning(command, words)
+        from lit_distill.experiment.launch import run_lightning
+
+        return run_lightning([command, *words])
     parser = argparse.ArgumentParser(prog=f"lit-distill {command}")
     if command == "methods":
         from lit_distill.experiment.methods import show_methods
@@ -99,16 +101,6 @@ def _dispatch(command: str, words: list[str]) -> int:
         return run_recipe(**vars(parser.parse_args(words)))
     near = _nearest(command)
     raise UsageError(f"command '{command}' is not known{near}; `lit-distill --help` lists the commands")
-
-
-def _lightning(command: str, words: list[str]) -> int:
-    from lit_distill.experiment.launch import AlreadyFinishedError, DistillCLI
-
-    try:
-        DistillCLI([command, *words])
-    except AlreadyFinishedError as finished:
-        print(f"lit-distill: {finished}", file=sys.stderr)
-    return 0
 
 
 def _report(error: Exception) -> int:

@@ -94,7 +94,9 @@ class TeacherCache:
                     outputs[name] = torch.empty((size, *value.shape[1:]), dtype=dtype)
                 outputs[name][index] = value.detach().to("cpu", dtype)
         if not bool(seen.all()):
-            raise RunError(f"teacher_cache: {int((~seen).sum())} of {size} samples were not seen; check the data module")
+            raise RunError(
+                f"teacher_cache: {int((~seen).sum())} of {size} samples were not seen; check the data module"
+            )
         with atomic_path(path) as temporary:
             save_file(outputs, temporary, metadata={"fingerprint": json.dumps(fingerprint)})
         return cls(outputs)

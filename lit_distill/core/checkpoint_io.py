@@ -28,7 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # torch's zip writer reports a full disk so
-                raise OSError(str(error).splitlines()[0]) from error
+                raise OSError(str(error).partition("\n")[0]) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -42,6 +42,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise RunError(
-                f"ckpt_path: {path} cannot be read ({str(error).splitlines()[0][:120]}); "
+                f"ckpt_path: {path} cannot be read ({str(error).partition(chr(10))[0][:120] or type(error).__name__}); "
                 "it is missing, truncated or not a checkpoint: delete it to start again, or name another"
             ) from error

@@ -71,7 +71,7 @@ class Distiller(LightningModule):
         self.iteration = 0
         self.terms: dict[str, Tensor] = {}
         self.panels: dict[str, Any] = {}
-        self._window: list[Tensor] = []
+        self._window: dict[str, list[Tensor]] = {}
         self._built = False
 
     def build(self) -> None:
@@ -81,13 +81,17 @@ class Distiller(LightningModule):
         """Builds, freezes and, under FSDP2, shards. Lightning calls it before each of fit, validate, test, predict."""
         if self._built:
             return
-        self.build()
+        # Projectors start the same in all processes, and under all strategies, which draw numbers of their own before.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(_seed()))
+            self.build()
         for network in self._frozen_networks():
             freeze(network)
         if self.device_mesh is not None:
+            # Under FSDP2 Lightning loads before `on_load_checkpoint` can fill in the frozen networks.
+            self.strict_loading = False
             for child in self.children():
-                if next(child.parameters(), None) is not None:
-                    shard(child, self.device_mesh)
+                shard(child, self.device_mesh)
         self._built = True
 
     def train(self, mode: bool = True) -> "Distiller":
@@ -158,16 +162,15 @@ class Distiller(LightningModule):
             RunError: The mean loss of the interval is not finite.
         """
         self.terms = dict(terms)
-        values = torch.stack([value.float() for value in terms.values()])
-        self._window.append(values.detach())
-        if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:
+        for name, value in terms.items():
+            self._window.setdefault(name, []).append(value.detach().float())
+        if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it late
             self._log_window()
-        return values.sum()
+        return torch.stack([value.float() for value in terms.values()]).sum()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Ties the step's randomness to (seed, iteration, rank)."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        mixed = _mix(seed, self.iteration, self.global_rank)
+        mixed = _mix(_seed(), self.iteration, self.global_rank)
         # Not torch.manual_seed: it visits every backend and costs 70 times as much, per step.
         torch.default_generator.manual_seed(mixed)
         if self.device.type == "cuda":
@@ -183,11 +186,13 @@ class Distiller(LightningModule):
         if not self.automatic_optimization and self.scheduler_interval == "epoch":
             schedulers = self.lr_schedulers() or []
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-                scheduler.step()
+                scheduler.step()  # type: ignore[call-arg]  # plateau schedules want a metric: automatic optimization only
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counter, leaves the frozen networks out."""
-        checkpoint["iteration"] = self.iteration
+        # Callbacks that save at the end of a batch do so before this module has counted it.
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        checkpoint["iteration"] = self.iteration + progress.processed - progress.completed
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -196,11 +201,6 @@ class Distiller(LightningModule):
         if "state_dict" in checkpoint:
             own = self.state_dict()
             checkpoint["state_dict"].update({key: value for key, value in own.items() if self._is_frozen(key)})
-
-    @property
-    def strict_loading(self) -> bool:
-        """Strict, but under FSDP2, where Lightning loads before the frozen networks can be filled in."""
-        return self.device_mesh is None
 
     def _frozen_networks(self) -> list[nn.Module]:
         networks = (getattr(self, name, None) for name in self.frozen)
@@ -212,9 +212,11 @@ class Distiller(LightningModule):
     def _log_window(self) -> None:
         if not self._window:
             return
-        means = self.trainer.strategy.reduce(torch.stack(self._window).mean(0), reduce_op="mean")
+        # By name, since a term comes and goes where its weight is a schedule that reaches zero.
+        means = torch.stack([torch.stack(values).mean() for values in self._window.values()])
+        means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        values = dict(zip(self._window, means.tolist(), strict=True))
         self._window.clear()
-        values = dict(zip(self.terms, means.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise RunError(
@@ -227,6 +229,10 @@ class Distiller(LightningModule):
             logger.log_metrics({**logged, "epoch": self.current_epoch}, step=self.iteration)
 
 
+def _seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
 def _mix(*parts: int) -> int:
     """Hashes whole numbers to 63 bits (splitmix64), so that neighbouring seeds and steps share nothing."""
     state = 0
@@ -236,4 +242,3 @@ def _mix(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
-

@@ -68,8 +68,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         raise RunError(
-            f"weights: {path} cannot be read ({str(error).splitlines()[0]}); it is truncated or not a weights file"
+            f"weights: {path} cannot be read ({_reason(error)}); it is truncated or not a weights file"
         ) from error
+    if not isinstance(content, Mapping):
+        raise RunError(f"weights: {path} holds a {type(content).__name__}, not weights by name; save a state dict")
     if "pytorch-lightning_version" in content:
         prefix = "student."
         return {key.removeprefix(prefix): v for key, v in content["state_dict"].items() if key.startswith(prefix)}
@@ -113,6 +115,10 @@ def import_class(class_path: str) -> Any:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"class_path: '{class_path}' cannot be imported ({error}); check the spelling") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _build(config: Path) -> nn.Module:

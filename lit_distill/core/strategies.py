@@ -49,11 +49,20 @@ def shard(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     Blocks are the classes a transformers model names in `_no_split_modules`, otherwise the entries of the outermost
     `ModuleList`s and `Sequential`s. Names of modules and parameters stay as they are.
 
+    A `ModuleDict` or `ModuleList` runs no forward of its own in which weights could be gathered: its entries are sharded
+    one by one. What has no parameters stays as it is.
+
     Args:
         network: The network; trained or frozen.
         mesh: The mesh that Lightning's strategy provides.
         options: Passed to `fully_shard` (mixed precision, resharding).
     """
+    if isinstance(network, nn.ModuleDict | nn.ModuleList):
+        for entry in network.children():
+            shard(entry, mesh, **options)
+        return
+    if not _has_parameters(network):
+        return
     group = mesh["data_parallel"]
     for block in _blocks(network):
         fully_shard(block, mesh=group, **options)

@@ -93,7 +93,9 @@ def _split(name: str) -> tuple[str, int | None]:
 
 
 @torch.no_grad()
-def probe(network: nn.Module, sample_shape: Sequence[int], names: Sequence[str] = ()) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def probe(
+    network: nn.Module, sample_shape: Sequence[int], names: Sequence[str] = ()
+) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """Finds output and feature shapes by running the network once on zeros.
 
     Runs in eval mode on a batch of two, on the network's own device, and leaves mode and buffers as they were.
@@ -118,7 +120,7 @@ def probe(network: nn.Module, sample_shape: Sequence[int], names: Sequence[str] 
     except UsageError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__  # a bare `assert` has no message
         raise UsageError(
             f"{type(network).__name__} does not accept a sample of shape {tuple(sample_shape)}: {reason}"
         ) from error

@@ -338,7 +338,7 @@ def compare_runs(runs: Sequence[Run], metric: str = "test/acc", baseline: str | 
     return replace(comparison, groups=tuple(rows), notes=(*notes, *more_notes))
 
 
-def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Mapping[str, str]], metric: str) -> Group:
+def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Sequence[str]], metric: str) -> Group:
     """The group with its difference to the fitting baseline, or with the reason why there is none."""
     reasons = {base.label: _other_data(group, base, settings) for base in bases}
     fitting = [base for base in bases if not reasons[base.label]]
@@ -363,30 +363,34 @@ def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Mappin
     return replace(group, difference=difference)
 
 
-# The settings of a data module that say which data it reads; others (batch size, augmentation) may differ.
-_WHICH_DATA = re.compile(r"\s*(root|path|file|name|num_classes): *(.*)")
+# Settings of a data module that say how it is read, not what: methods may differ in them and still be compared.
+_READING_LINE = re.compile(
+    r"\s*(?:- )?(?:\w*batch_size|num_workers|pin_memory|persistent_workers|prefetch_factor|augment\w*):"
+)
+_ROOT_LINE = re.compile(r"(\s*root:) *['\"]?(.*?)['\"]?$")
 
 
-def _other_data(group: Group, base: Group, settings: Mapping[str, Mapping[str, str]]) -> str:
-    """Why the two rows were not trained on the same data, empty if they were."""
+def _other_data(group: Group, base: Group, settings: Mapping[str, Sequence[str]]) -> str:
+    """Why the two rows were not trained and tested on the same data, empty if they were."""
     if group.data != base.data:
         return f"its data are {group.data}, those of {base.label} are {base.data}"
     mine, theirs = settings[group.label], settings[base.label]
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            return f"its data have {key} {mine.get(key)}, those of {base.label} have {theirs.get(key)}"
-    return ""
+    if mine == theirs:
+        return ""
+    ours = [line.strip() for line in mine if line not in theirs] or ["fewer settings"]
+    others = [line.strip() for line in theirs if line not in mine] or ["fewer settings"]
+    return f"its data have {_listed(ours[:3])}, those of {base.label} have {_listed(others[:3])}"
 
 
-def _data_settings(config: tuple[str, ...]) -> dict[str, str]:
-    settings = {}
+def _data_settings(config: tuple[str, ...]) -> list[str]:
+    settings = []
     section = ""
     for line in config:
-        if not line[0].isspace():
+        if not line[0].isspace() and line[0] != "-":
             section = line.partition(":")[0]
-        elif section == "data" and (match := _WHICH_DATA.match(line)):
-            key, value = match[1], match[2].strip("'\"")
-            settings[key] = Path(value).name if key == "root" else value  # where the folder lies differs by machine
+        elif section == "data" and not _READING_LINE.match(line):
+            root = _ROOT_LINE.match(line)  # where the folder lies differs by machine, its name says what it is
+            settings.append(f"{root[1]} {Path(root[2]).name}" if root else line)
     return settings
 
 

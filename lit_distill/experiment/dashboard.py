@@ -1,7 +1,8 @@
 """The comparison as one HTML page that needs nothing else: no server, no network, no second file.
 
 Figures are plain Plotly specifications (`data`, `layout`). Colours in them are names such as `@c1` or `@c1/0.2`, which
-the page's script resolves from its style sheet, so that light and dark come from one place.
+the page's script resolves from its style sheet, so that light and dark come from one place. A trace names its row in
+`meta`, so that the page can hide it.
 """
 
 import base64
@@ -66,6 +67,7 @@ class Figure:
         head: Column names of the numbers behind the figure.
         rows: The numbers behind the figure, as text.
         height: Height in pixels.
+        row: The row that the figure is about, if it is about a single one.
     """
 
     id: str
@@ -76,6 +78,7 @@ class Figure:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     height: int = 340
+    row: str = ""
 
 
 def write_dashboard(comparison: Comparison, path: str | Path) -> None:
@@ -130,6 +133,7 @@ def render(comparison: Comparison, folder: Path) -> str:
         columns=table,
         rows=[_row(comparison, index, table, looks) for index in range(len(comparison.groups))],
         all_metrics=_all_metrics(drawn),
+        legend=[(group.label, looks[group.label].colour, _ICONS[looks[group.label].symbol]) for group in drawn],
         figures=figures,
         panels=panels,
         specs=_clean(specs),
@@ -177,6 +181,7 @@ def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str
             {
                 "type": "scatter",
                 "mode": "markers",
+                "meta": group.label,
                 "x": [scaled(metric, value) for value in seeds.values()],
                 "y": [place + shift for shift in _spread(len(seeds))],
                 "text": [f"{_plain(group.label)}, seed {seed}" for seed in seeds],
@@ -218,6 +223,7 @@ def difference_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapp
             {
                 "type": "scatter",
                 "mode": "markers",
+                "meta": group.label,
                 "x": [scaled(metric, value) for value in difference.per_seed.values()],
                 "y": [place + shift for shift in _spread(difference.n)],
                 "text": [f"{_plain(group.label)}, seed {seed}" for seed in difference.per_seed],
@@ -291,8 +297,8 @@ def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapp
                 {
                     "type": "scatter",
                     "mode": "lines+markers" if len(steps) <= 40 else "lines",
-                    "name": _axis_label(group.label),
-                    "legendgroup": group.label,
+                    "name": _plain(group.label),
+                    "meta": group.label,
                     "x": steps,
                     "y": mean,
                     "line": {"color": f"@{look.colour}", "width": 2, "dash": look.dash},
@@ -307,8 +313,6 @@ def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapp
                 "layout": {
                     "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
                     "yaxis": {"title": {"text": _axis_title(key)}},
-                    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-                    "showlegend": True,
                 },
             }
     if not specs:
@@ -316,7 +320,7 @@ def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapp
     return Figure(
         "curves",
         "Learning curves",
-        "Mean over seeds, with a band of one standard deviation to each side. A tap on the legend hides a row.",
+        "Mean over seeds, with a band of one standard deviation to each side.",
         f"Curves of {len(specs)} metrics; the last value of each row is in the table of numbers.",
         specs,
         ("metric", "stage", "last step", "last mean"),
@@ -340,7 +344,7 @@ def size_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[st
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": _axis_label(group.label),
+                "meta": group.label,
                 "x": [group.stats[size].mean],
                 "y": [scaled(metric, stat.mean)],
                 "error_y": {
@@ -366,8 +370,6 @@ def size_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[st
                 "layout": {
                     "xaxis": {"type": "log", "title": {"text": "parameters of the student"}, "dtick": 1, "nticks": 6},
                     "yaxis": {"title": {"text": _axis_title(metric)}},
-                    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-                    "showlegend": True,
                 },
             }
         },
@@ -473,10 +475,9 @@ def reliability_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure
     }
     stat = group.stats.get("test/ece")
     shown = show("test/ece", stat) if stat is not None else f"{100 * ece:.1f}"
-    label = f"{group.label}: ECE {shown} %"
     return Figure(
         "",
-        label,
+        f"{group.label}: ECE {shown} %",
         f"{len(panels)} seed{'s' if len(panels) != 1 else ''}, {total.sum():,.0f} samples",
         f"Reliability diagram. Expected calibration error {shown} percent",
         {"": {"data": data, "layout": layout}},
@@ -487,6 +488,7 @@ def reliability_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure
             if accuracy_ is not None
         ],
         height=330,
+        row=group.label,
     )
 
 
@@ -539,6 +541,7 @@ def _mean_and_reach(group: Group, place: int, look: Look, mean: float, reach: fl
     return {
         "type": "scatter",
         "mode": "markers",
+        "meta": group.label,
         "x": [mean],
         "y": [place],
         "error_x": {"type": "data", "array": [reach], "thickness": 2, "width": 6, "color": f"@{look.colour}"},
@@ -563,8 +566,7 @@ def _band(group: Group, look: Look, steps: list[int], mean: list[float], reach: 
         "fill": "toself",
         "fillcolor": f"@{look.colour}/0.16",
         "line": {"width": 0},
-        "legendgroup": group.label,
-        "showlegend": False,
+        "meta": group.label,
         "hoverinfo": "skip",
     }
 
@@ -601,7 +603,10 @@ def _plain(text: str) -> str:
 
 
 def _axis_label(label: str, longest: int = 22) -> str:
-    return _plain(label if len(label) <= longest else label[: longest - 1] + "…")
+    """The label for an axis: stage and distinguishing settings on a line each, cut to fit a phone."""
+    stage, _, settings = label.partition(" (")
+    lines = [line for line in (stage, settings.removesuffix(")")) if line]
+    return "<br>".join(_plain(line if len(line) <= longest else line[: longest - 1] + "…") for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class DistillCLI(LightningCLI):
 
     def _open_folder(self, config: Any, text: str) -> None:
         folder, run = self.folder, config.run
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             if (folder / CONFIG_FILE).is_file():
                 self._meet_earlier_run(text, overwrite=run.overwrite)
             elif folder.exists() and any(folder.iterdir()) and not run.overwrite:
@@ -203,13 +203,13 @@ class DistillCLI(LightningCLI):
     def after_fit(self) -> None:
         """Keeps the student, tests it, and writes the summary: from here on the run is finished."""
         trainer, config = self.trainer, self.config[self.subcommand]
-        if trainer.fast_dev_run or trainer.interrupted:
+        if config.trainer.fast_dev_run or trainer.interrupted:
             return
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        metrics = {k: v for log in trainer.loggers if isinstance(log, RunLogger) for k, v in log.last("val/").items()}
         fit_model = self.model
         student = getattr(fit_model, fit_model.product, None) if isinstance(fit_model, Distiller) else None
         if student is not None and getattr(fit_model, "device_mesh", None) is None and trainer.is_global_zero:
-            spec = _plain(config.model.init_args[fit_model.product])  # type: ignore[union-attr]  # a Distiller has one
+            spec = _plain(config.model.init_args[fit_model.product])
             save_student(student, spec, self.folder / "student")
         if config.run.test and _has_test_data(self.datamodule, fit_model):
             results = trainer.test(fit_model, datamodule=self.datamodule, verbose=False)
@@ -239,12 +239,28 @@ class DistillCLI(LightningCLI):
             tensors = {key: torch.cat([row[key].cpu() for row in rows]).contiguous() for key in rows[0]}
             with atomic_path(self.folder / "predictions.safetensors") as path:
                 save_file(tensors, path)
-            _say(f"predictions of {len(next(iter(tensors.values())))} samples in {self.folder / 'predictions.safetensors'}")
+            _say(
+                f"predictions of {len(next(iter(tensors.values())))} samples in {self.folder / 'predictions.safetensors'}"
+            )
+
+
+def run_lightning(words: list[str]) -> int:
+    """Runs one of fit, validate, test, predict; the words are the command and its arguments."""
+    try:
+        DistillCLI(words)
+    except AlreadyFinishedError as finished:
+        _say(f"lit-distill: {finished}")
+    return 0
 
 
 def _has_test_data(datamodule: Any, model: Any) -> bool:
     overridden = type(datamodule).test_dataloader is not LightningDataModule.test_dataloader
     return datamodule is not None and overridden and type(model).test_step is not LightningModule.test_step
+
+
+def _rank() -> int:
+    """This process among those of the run, before Lightning has connected them; 0 in the one that starts the others."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 def _is_sharding(strategy: Any) -> bool:
@@ -275,4 +291,3 @@ def _last(class_path: str) -> str:
 @rank_zero_only
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-

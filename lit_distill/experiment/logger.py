@@ -78,6 +78,11 @@ class RunLogger(CSVLogger):
         """Writes what is left."""
         self.save()
 
+    def last(self, prefix: str) -> dict[str, float]:
+        """Returns the last value of each metric whose name starts so, those of an interrupted part included."""
+        rows = self._load()
+        return {k: float(v) for step in sorted(rows) for k, v in rows[step].items() if k.startswith(prefix)}
+
     def _load(self) -> dict[int, dict[str, Any]]:
         if self._rows is None:
             self._rows = {}

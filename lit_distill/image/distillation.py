@@ -68,7 +68,9 @@ class DistillationLoss(nn.Module):
     def build(self, shapes: Shapes) -> None:
         """Makes projectors for the probed shapes."""
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+    def forward(
+        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
+    ) -> Float[Tensor, ""]:
         """Returns the unweighted loss of a batch."""
         raise AssertionError(f"{type(self).__name__} is a base class; a loss defines forward")
 
@@ -151,7 +153,11 @@ class ImageDistiller(Distiller):
         teacher_shapes: dict[str, tuple[int, ...]] = {}
         if self.teacher is not None:
             freeze(self.teacher)
-            self._teacher_taps = FeatureTaps(self.teacher, [tap for loss in self._losses() for tap in loss.teacher_taps])
+            if self.teacher_cache is not None:
+                self._teacher_hash = weights_fingerprint(self.teacher)  # now, while the weights are whole
+            self._teacher_taps = FeatureTaps(
+                self.teacher, [tap for loss in self._losses() for tap in loss.teacher_taps]
+            )
             logits, teacher_shapes = probe(self.teacher, data.sample_shape, self._teacher_taps.names)
             _check_classes("teacher", _classes(logits, self.teacher, "teacher"), data.num_classes)
         for loss in self._losses():
@@ -250,8 +256,7 @@ class ImageDistiller(Distiller):
         return data
 
     def _open_cache(self, path: Path) -> TeacherCache:
-        data, teacher = self._data(), self.teacher
-        assert teacher is not None
+        data = self._data()
         described = data.fingerprint()
         if described["random"]:
             raise UsageError(
@@ -259,8 +264,10 @@ class ImageDistiller(Distiller):
                 "the teacher's output; set data.augment to false, or leave the cache out"
             )
         taps = self._teacher_taps.names
-        fingerprint = {"teacher": weights_fingerprint(teacher), "data": described, "outputs": ["logits", *taps]}
-        if not path.exists() and self.trainer.is_global_zero:
+        fingerprint = {"teacher": self._teacher_hash, "data": described, "outputs": ["logits", *taps]}
+        missing = self.trainer.strategy.broadcast(not path.exists())
+        # A sharded teacher runs in all processes or in none.
+        if missing and (self.trainer.is_global_zero or self.device_mesh is not None):
             rank_zero_info(f"teacher cache {path}: running the teacher once over the training set")
             TeacherCache.write(path, fingerprint, self._teacher_outputs(data), size=described["samples"])
         self.trainer.strategy.barrier()

@@ -27,7 +27,9 @@ class LogitKL(DistillationLoss):
             raise UsageError(f"temperature is {temperature}; it must be above 0 (usual: 1 to 8)")
         self.temperature = temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+    def forward(
+        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
+    ) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         return forward_kl(student.logits, teacher.logits, temperature=value_at(self.temperature, iteration))
 
@@ -55,7 +57,9 @@ class Hint(DistillationLoss):
         """Makes the regressor from the student's to the teacher's shape."""
         self.regressor = hint_regressor(shapes.student[self.student_taps[0]], shapes.teacher[self.teacher_taps[0]])
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+    def forward(
+        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
+    ) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         regressed = self.regressor(student.features[self.student_taps[0]])
         return hint_mse(regressed, teacher.features[self.teacher_taps[0]])
@@ -95,9 +99,13 @@ class AttentionTransfer(DistillationLoss):
             )
         for tap, shape in [*shapes.student.items(), *shapes.teacher.items()]:
             if tap in (*self.student_taps, *self.teacher_taps) and len(shape) != 3:
-                raise UsageError(f"attention transfer: tap '{tap}' has shape {shape}; tap modules that return (C, H, W)")
+                raise UsageError(
+                    f"attention transfer: tap '{tap}' has shape {shape}; tap modules that return (C, H, W)"
+                )
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int) -> Float[Tensor, ""]:
+    def forward(
+        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
+    ) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         pairs = zip(self.student_taps, self.teacher_taps, strict=True)
         values = [attention_transfer(student.features[s], teacher.features[t], power=self.power) for s, t in pairs]

@@ -1,6 +1,5 @@
 """Divergences between class distributions. Computed in float32 and in log space, whatever the networks run in."""
 
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor

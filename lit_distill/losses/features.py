@@ -74,8 +74,9 @@ def attention_transfer(
     """
     teacher_feature = teacher_feature.detach()
     if student_feature.shape[-2:] != teacher_feature.shape[-2:]:
-        grid = [min(s, t) for s, t in zip(student_feature.shape[-2:], teacher_feature.shape[-2:], strict=True)]
-        student_feature = F.adaptive_avg_pool2d(student_feature, grid)
-        teacher_feature = F.adaptive_avg_pool2d(teacher_feature, grid)
+        (h_s, w_s), (h_t, w_t) = student_feature.shape[-2:], teacher_feature.shape[-2:]
+        grid = (min(h_s, h_t), min(w_s, w_t))
+        student_feature = F.adaptive_avg_pool2d(student_feature.float(), grid)
+        teacher_feature = F.adaptive_avg_pool2d(teacher_feature.float(), grid)
     difference = attention_map(student_feature, power=power) - attention_map(teacher_feature, power=power)
     return reduce(difference.square().mean(1), reduction)

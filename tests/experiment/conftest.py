@@ -28,6 +28,7 @@ data:
   init_args:
     root: {root}
     batch_size: {batch_size}
+    train_size: {train_size}
     seed: {seed}
 """
 
@@ -47,6 +48,7 @@ def write_run(tmp_path):
         params=1000,
         lr=0.1,
         batch_size=64,
+        train_size="null",
         root="data/digits",
         name=None,
         history="",
@@ -58,7 +60,9 @@ def write_run(tmp_path):
         (folder / "student").mkdir(parents=True)
         (folder / "student" / "config.json").write_text("{}")
         fields = {"seed": seed, "experiment": experiment, "name": name, "method": method, "lr": lr, "data": data}
-        (folder / "config.yaml").write_text(config.format(**fields, batch_size=batch_size, root=root))
+        (folder / "config.yaml").write_text(
+            config.format(**fields, batch_size=batch_size, train_size=train_size, root=root)
+        )
         if history:
             (folder / "metrics.csv").write_text(history)
         summary = {

@@ -146,12 +146,15 @@ def test_two_experiments_are_kept_apart_and_each_has_its_own_baseline(write_run,
     assert row(comparison, "two/kd").difference.baseline == "two/baseline"
 
 
-def test_of_two_runs_with_one_seed_the_later_counts(write_run, compared):
-    write_run("kd", 0, {"test/acc": 0.5}, name="kd-old", finished="2026-01-01T00:00:00+00:00")
-    write_run("kd", 0, {"test/acc": 0.7}, name="kd-new", finished="2026-02-01T00:00:00+00:00")
+@pytest.mark.parametrize("later", ["kd-a", "kd-b"])
+def test_of_two_runs_with_one_seed_the_later_counts(write_run, compared, later):
+    for name in ("kd-a", "kd-b"):
+        month = "02" if name == later else "01"
+        accuracy = 0.7 if name == later else 0.5
+        write_run("kd", 0, {"test/acc": accuracy}, name=name, finished=f"2026-{month}-01T00:00:00+00:00")
     comparison = compared()
     assert [group.stats["test/acc"].mean for group in comparison.groups] == [0.7]
-    assert "kd-old" in comparison.notes[0]
+    assert f"{later}, which finished later" in comparison.notes[0]
 
 
 def test_a_run_without_configuration_is_averaged_with_nothing(write_run, compared):
@@ -190,7 +193,11 @@ def test_another_student_is_subtracted_but_never_the_headline(quick, write_run, 
 
 @pytest.mark.parametrize(
     ("other", "why"),
-    [({"data": "lit_distill.image.CIFAR10"}, "lit_distill.image.CIFAR10"), ({"root": "data/letters"}, "letters")],
+    [
+        ({"data": "lit_distill.image.CIFAR10"}, "lit_distill.image.CIFAR10"),
+        ({"root": "data/letters"}, "root: letters, those of baseline have root: digits"),
+        ({"train_size": 500}, "train_size: 500, those of baseline have train_size: null"),
+    ],
 )
 def test_unlike_data_are_never_subtracted(write_run, compared, other, why):
     for seed in (0, 1):

@@ -96,7 +96,9 @@ def test_the_figures_draw_the_values_of_the_runs(quick, page):
 HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "%{x}<b>")
 
 
-def test_hostile_text_never_appears_unescaped(write_run, page):
+@pytest.fixture
+def hostile(write_run):
+    """Runs whose every name, key and setting is an attempt to run a script."""
     for at, text in enumerate(HOSTILE):
         for seed in (0, 1):
             write_run(
@@ -113,10 +115,13 @@ def test_hostile_text_never_appears_unescaped(write_run, page):
                 panels={text: 1, "reliability": {text: text}},
             )
     (write_run("x", 0, name="unread") / "summary.json").write_text(json.dumps({"schema": HOSTILE[1]}))
+
+
+def test_hostile_text_never_appears_unescaped(hostile, page):
     path = page(baseline=HOSTILE[0])
     text = path.read_text()
-    for hostile in HOSTILE[:3]:
-        assert hostile not in text
+    for attempt in HOSTILE[:3]:
+        assert attempt not in text
     for start in ("<img", "<svg onload", "<b>", "alert(1)</script>"):
         assert start not in text.replace(_plotly(), "")
     assert len(re.findall("<script", text.replace(_plotly(), ""))) == 3
@@ -204,6 +209,7 @@ def test_an_empty_bin_is_not_drawn_as_zero_accuracy():
     panel = {"confidence": [0.0, 0.75], "accuracy": [math.nan, 0.75], "count": [0, 30]}
     figure = reliability_panel(SimpleNamespace(label="kd", stats={}), [panel], LOOK)
     assert figure.specs[""]["data"][0]["y"] == [None, 0.75]
+    assert figure.title == "kd: ECE 0.0 %"
     assert len(figure.rows) == 1
 
 
@@ -339,6 +345,28 @@ def test_another_metric_draws_other_curves(opened, size):
     assert browser.execute_script(title) == "train loss ↓"
 
 
+def test_a_row_is_hidden_in_every_figure_and_shown_again_by_keyboard(opened):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser = opened(*SIZES[1])
+    button = browser.find_element(By.CSS_SELECTOR, ".legend button[data-row=kd]")
+    panel = browser.find_element(By.CSS_SELECTOR, "figure[data-row=kd]")
+
+    def rows():
+        ids = "['dots', 'differences', 'curves', 'size']"
+        return browser.execute_script(f"return {ids}.map(id => document.getElementById(id).data.map(t => t.meta))")
+
+    assert all("kd" in drawn for drawn in rows())
+    button.send_keys(Keys.SPACE)
+    assert not any("kd" in drawn for drawn in rows())
+    assert all("fitnets" in drawn for drawn in rows())
+    assert (button.get_attribute("aria-pressed"), panel.is_displayed()) == ("false", False)
+    button.send_keys(Keys.ENTER)
+    assert all("kd" in drawn for drawn in rows())
+    assert (button.get_attribute("aria-pressed"), panel.is_displayed()) == ("true", True)
+
+
 def test_dark_mode_changes_the_colours_of_the_plots(opened):
     from selenium.webdriver.support.wait import WebDriverWait
 
@@ -351,3 +379,11 @@ def test_dark_mode_changes_the_colours_of_the_plots(opened):
             WebDriverWait(browser, 10).until(lambda page, ink=ink, colour=colour: page.execute_script(colour) == ink)
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_hostile_text_runs_nothing_in_the_browser(opened, hostile):
+    browser = opened(*SIZES[1])  # an alert would make the next command fail
+    assert browser.execute_script("return document.querySelectorAll('img, svg[onload], .plot b').length") == 0
+    assert browser.execute_script("return document.querySelector('#dots .main-svg').textContent").count("<img") > 0
+    root = "document.documentElement"
+    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")

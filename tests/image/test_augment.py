@@ -54,9 +54,9 @@ def test_every_offset_and_mirroring_is_equally_likely():
 
 
 def test_draws_follow_from_the_generator():
-    augment = Augment()
-    assert torch.equal(draw(augment, 50, seed=1), draw(augment, 50, seed=1))
-    assert not torch.equal(draw(augment, 50, seed=1), draw(augment, 50, seed=2))
+    for random in (Augment(), ImageTransform(Normalize((0.5,), (0.25,)), Augment())):
+        assert torch.equal(draw(random, 50, seed=1), draw(random, 50, seed=1))
+        assert not torch.equal(draw(random, 50, seed=1), draw(random, 50, seed=2))
 
 
 def test_augmentation_without_padding_and_mirroring_is_the_identity():

@@ -192,7 +192,7 @@ def test_channel_shuffle_equals_torchs():
 
 def test_convolutions_start_with_variance_two_over_fan_out():
     torch.manual_seed(0)
-    weight = WideResNet(10, 4, 10).layer3[0].conv2.weight  # 256 channels, 3x3
+    weight = WideResNet(10, 4, 10).layer3[0].conv1.weight  # 128 to 256 channels, 3x3
     assert weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
 
 

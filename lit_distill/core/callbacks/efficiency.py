@@ -50,6 +50,10 @@ class Efficiency(Callback):
             self._samples += _samples(batch)
         self._last = now
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock anew, since validation may come in the middle of an epoch."""
+        self._last = time.perf_counter()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turns the times into figures."""
         if self._samples:
@@ -82,8 +86,8 @@ class Efficiency(Callback):
 def _samples(batch: Any) -> int:
     if isinstance(batch, torch.Tensor):
         return len(batch)
-    values = batch.values() if isinstance(batch, dict) else batch
-    return next((_samples(value) for value in values), 0)
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
+    return next((count for count in map(_samples, values) if count), 0)
 
 
 @torch.no_grad()

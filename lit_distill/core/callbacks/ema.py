@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import AveragedModel
 
 from lit_distill.core.distiller import Distiller
@@ -50,7 +51,16 @@ class EMA(EMAWeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Updates the average."""
-        super().on_train_batch_end(trainer, _product(pl_module), outputs, batch, batch_idx)
+        assert self._average_model is not None
+        if trainer.global_step <= self._latest_update_step:  # gradients are being accumulated
+            return
+        # With several optimizers a batch is several steps of Lightning's; here it is one.
+        step = trainer.global_step - 1
+        if isinstance(pl_module, Distiller) and not pl_module.automatic_optimization:
+            step = pl_module.iteration
+        if self.should_update(step_idx=step):
+            self._average_model.update_parameters(_product(pl_module))
+            self._latest_update_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Updates the average where it counts in epochs."""
@@ -74,9 +84,16 @@ class EMA(EMAWeightAveraging):
             checkpoint["ema"] = self._average_model.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes the average back."""
-        if self._average_model is not None and "ema" in checkpoint:
+        """Takes the average back; where nothing is trained, into the student itself."""
+        if "ema" not in checkpoint:
+            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self._average_model is not None
             self._average_model.load_state_dict(checkpoint["ema"])
+        else:
+            prefix = "module."
+            average = {k.removeprefix(prefix): v for k, v in checkpoint["ema"].items() if k.startswith(prefix)}
+            _product(pl_module).load_state_dict(average)
 
 
 def _product(module: LightningModule) -> Any:

@@ -1,8 +1,9 @@
-// Draws the figures: resolves colour names from the style sheet, follows light and dark, and switches metrics.
+// Draws the figures: resolves colour names from the style sheet, follows light and dark, switches metrics, hides rows.
 "use strict";
 
 const specs = JSON.parse(document.getElementById("specs").textContent);
 const chosen = {};
+const hidden = new Set();
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const touch = window.matchMedia("(pointer: coarse)");
 const config = { responsive: true, displayModeBar: false, displaylogo: false };
@@ -43,7 +44,8 @@ function draw(id) {
     margin: { l: 12, r: 14, t: 12, b: 12 }, dragmode: touch.matches ? false : "zoom",
     hoverlabel: { bgcolor: colour("@card"), bordercolor: colour("@line"), font: { color: colour("@ink") } },
   };
-  return Plotly.react(id, data, { ...look, ...layout, ...axes }, config);
+  const shown = data.filter((trace) => !hidden.has(trace.meta));
+  return Plotly.react(id, shown, { ...look, ...layout, ...axes }, config);
 }
 
 function drawAll() {
@@ -56,6 +58,15 @@ for (const select of document.querySelectorAll("select[data-plot]")) {
   select.addEventListener("change", () => {
     chosen[select.dataset.plot] = select.value;
     draw(select.dataset.plot);
+  });
+}
+for (const button of document.querySelectorAll(".legend button")) {
+  button.addEventListener("click", () => {
+    const row = button.dataset.row;
+    if (!hidden.delete(row)) hidden.add(row);
+    button.setAttribute("aria-pressed", String(!hidden.has(row)));
+    for (const figure of document.querySelectorAll("figure[data-row]")) figure.hidden = hidden.has(figure.dataset.row);
+    drawAll();
   });
 }
 for (const button of document.querySelectorAll("button[data-plot]")) {

@@ -8,7 +8,7 @@ field's common code (Tian, Krishnan, Isola, 2019, arXiv:1910.10699) for 100 clas
 from lit_distill.image.models.mobilenet import MobileNetV2CIFAR
 from lit_distill.image.models.resnet import ResNetCIFAR
 from lit_distill.image.models.shufflenet import ShuffleNetV1CIFAR, ShuffleNetV2CIFAR
-from lit_distill.image.models.small import MLP, ConvNet
+from lit_distill.image.models.small import MLP, ConvNet, LeNet
 from lit_distill.image.models.vgg import VGG
 from lit_distill.image.models.wide_resnet import WideResNet
 
@@ -16,6 +16,7 @@ __all__ = [
     "MLP",
     "VGG",
     "ConvNet",
+    "LeNet",
     "MobileNetV2CIFAR",
     "ResNetCIFAR",
     "ShuffleNetV1CIFAR",

@@ -42,6 +42,54 @@ class ConvNet(nn.Module):
         return self.linear(self.pool(features))
 
 
+class LeNet(nn.Module):
+    """A 3x3 convolution, ReLU and 2x2 max pooling a stage; then the flat map, one hidden layer if wanted, and logits.
+
+    No BatchNorm, so that a process computes the same on its share of a batch as one process on the whole.
+
+    Args:
+        num_classes: Number of classes.
+        widths: Channels of each stage; each halves the grid.
+        hidden: Width of the hidden layer; 0 for none.
+        image_size: Height and width of the images, in pixels.
+        in_channels: Channels of the images.
+
+    Reference: LeCun, Bottou, Bengio, Haffner, Gradient-Based Learning Applied to Document Recognition, 1998 (the idea;
+    ReLU, max pooling and 3x3 kernels are today's habit).
+    """
+
+    penultimate = "embedding"
+
+    def __init__(
+        self,
+        num_classes: int,
+        widths: Sequence[int] = (16, 32),
+        hidden: int = 128,
+        image_size: int = 28,
+        in_channels: int = 1,
+    ) -> None:
+        super().__init__()
+        if not widths or image_size >> len(widths) < 1:
+            raise UsageError(f"widths: {len(widths)} stages do not fit {image_size} pixels; each stage halves the grid")
+        self.stages = tuple(f"layer{number}" for number in range(1, len(widths) + 1))
+        channels, size = in_channels, image_size
+        for stage, width in zip(self.stages, widths, strict=True):
+            convolution = nn.Conv2d(channels, width, 3, padding=1)
+            self.add_module(stage, nn.Sequential(convolution, nn.ReLU(), nn.MaxPool2d(2)))
+            channels, size = width, size // 2
+        features = channels * size * size
+        layers = [nn.Linear(features, hidden), nn.ReLU()] if hidden else []
+        self.embedding = nn.Sequential(nn.Flatten(), *layers)
+        self.linear = nn.Linear(hidden or features, num_classes)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Computes logits."""
+        features = images
+        for stage in self.stages:
+            features = self.get_submodule(stage)(features)
+        return self.linear(self.embedding(features))
+
+
 class MLP(nn.Module):
     """Fully connected layers with ReLU; the hidden layers are the stages, the last of them is the penultimate.
 

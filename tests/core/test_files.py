@@ -1,0 +1,60 @@
+import json
+import os
+import stat
+
+import pytest
+
+from lit_distill.core.errors import RunError
+from lit_distill.core.files import atomic_path, write_json, write_text
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def fail():
+        with atomic_path(target) as path:
+            path.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_target_is_old_until_the_block_ends(tmp_path):
+    target = tmp_path / "new" / "deep" / "a.txt"
+    with atomic_path(target) as path:
+        path.write_text("whole")
+        assert not target.exists()
+        assert path.parent == target.parent  # so that the move is not a copy
+    assert target.read_text() == "whole"
+
+
+def test_files_get_the_permissions_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_json_is_what_json_reads(tmp_path):
+    value = {"b": [1, 2.5, None, "ü"], "a": {"c": True}}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert list(json.loads(text)) == ["b", "a"]
+    assert text.endswith("}\n")
+
+
+def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*file/x\.txt"):
+        write_text(tmp_path / "file" / "x.txt", "x")
+    (tmp_path / "x.txt").mkdir()
+    with pytest.raises(RunError, match="cannot write"):
+        write_text(tmp_path / "x.txt", "x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "x.txt"]

@@ -1,0 +1,53 @@
+"""What an import costs, in a fresh interpreter, and that nothing fails to import."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import lit_distill
+
+HEAVY = ("torch", "lightning", "numpy", "transformers", "diffusers", "torch_geometric", "timm", "wandb", "plotly")
+
+
+def loaded_after(code):
+    """Returns which heavy packages a fresh interpreter holds after running the code."""
+    report = f"import sys; print('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.rpartition("HEAVY")[2].split()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import lit_distill, lit_distill.cli",
+        "import lit_distill.core, lit_distill.core.errors, lit_distill.core.reference, lit_distill.core.files",
+        "import lit_distill.image",
+        "from lit_distill.cli import main; main(['methods'])",
+        "from lit_distill.cli import main; main(['--help'])",
+        "from lit_distill.cli import main; main(['fitt'])",
+    ],
+)
+def test_no_torch_is_imported_for_what_needs_none(code):
+    assert loaded_after(code) == []
+
+
+def test_the_image_domain_pulls_no_other_domains_libraries():
+    loaded = loaded_after("from lit_distill.image import KD, MNIST5kDataModule")
+    assert "torch" in loaded
+    assert not {"transformers", "diffusers", "torch_geometric", "wandb", "plotly"} & set(loaded)
+
+
+def test_every_module_imports():
+    names = [module.name for module in pkgutil.walk_packages(lit_distill.__path__, "lit_distill.")]
+    names = [name for name in names if not name.endswith("__main__")]
+    assert len(names) > 40
+    loaded_after("import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in names))
+
+
+@pytest.mark.parametrize("package", ["lit_distill.core", "lit_distill.image", "lit_distill.losses"])
+def test_every_public_name_is_there(package):
+    code = f"import {package} as p\nmissing = [n for n in p.__all__ if getattr(p, n, None) is None]\nassert not missing"
+    loaded_after(code)
