@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lit_distill import __version__
 from lit_distill.core.errors import RunError, UsageError
@@ -60,7 +61,7 @@ def _dispatch(command: str, words: list[str]) -> int:
         from lit_distill.experiment.launch import run_lightning
 
         return run_lightning([command, *words])
-    parser = argparse.ArgumentParser(prog=f"lit-distill {command}")
+    parser = _Parser(prog=f"lit-distill {command}")
     if command == "methods":
         from lit_distill.experiment.methods import show_methods
 
@@ -101,6 +102,13 @@ def _dispatch(command: str, words: list[str]) -> int:
         return run_recipe(**vars(parser.parse_args(words)))
     near = _nearest(command)
     raise UsageError(f"command '{command}' is not known{near}; `lit-distill --help` lists the commands")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` explains")
 
 
 def _report(error: Exception) -> int:

@@ -1,15 +1,14 @@
 """What all tests share: one thread, fixed seeds, checked shapes, and networks and data small enough to reason about."""
 
 import jaxtyping
-
-# Before anything of ours is imported: shapes in signatures are enforced in tests, and cost nothing in production.
-jaxtyping.install_import_hook(["lit_distill.losses", "lit_distill.image"], "beartype.beartype")
-
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+
+# Before anything of ours is imported: shapes in signatures are enforced in tests, and cost nothing in production.
+jaxtyping.install_import_hook(["lit_distill.losses", "lit_distill.image"], "beartype.beartype")
 
 torch.set_num_threads(1)
 

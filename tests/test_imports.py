@@ -1,5 +1,6 @@
 """What an import costs, in a fresh interpreter, and that nothing fails to import."""
 
+import importlib
 import pkgutil
 import subprocess
 import sys
@@ -37,17 +38,21 @@ def test_no_torch_is_imported_for_what_needs_none(code):
 def test_the_image_domain_pulls_no_other_domains_libraries():
     loaded = loaded_after("from lit_distill.image import KD, MNIST5kDataModule")
     assert "torch" in loaded
-    assert not {"transformers", "diffusers", "torch_geometric", "wandb", "plotly"} & set(loaded)
+    # Not in the list: transformers, which torchmetrics imports by itself where it is installed.
+    assert not {"diffusers", "torch_geometric", "timm", "wandb", "plotly"} & set(loaded)
 
 
 def test_every_module_imports():
     names = [module.name for module in pkgutil.walk_packages(lit_distill.__path__, "lit_distill.")]
     names = [name for name in names if not name.endswith("__main__")]
     assert len(names) > 40
-    loaded_after("import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in names))
+    for name in names:
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize("package", ["lit_distill.core", "lit_distill.image", "lit_distill.losses"])
 def test_every_public_name_is_there(package):
-    code = f"import {package} as p\nmissing = [n for n in p.__all__ if getattr(p, n, None) is None]\nassert not missing"
-    loaded_after(code)
+    module = importlib.import_module(package)
+    assert [name for name in module.__all__ if getattr(module, name, None) is None] == []
+    with pytest.raises(AttributeError, match="Nothing"):
+        module.Nothing  # noqa: B018 (the access is the test)

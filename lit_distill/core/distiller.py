@@ -34,8 +34,8 @@ class Distiller(LightningModule):
       what the uninterrupted one would have drawn.
 
     A subclass builds its losses in `build` (networks exist, shapes can be probed) and its loss in `training_step`.
-    Terms that need no teacher are named in `label_terms`. What a run shall show beside numbers (reliability bins, sample
-    grids) goes into `panels` by kind.
+    Terms that need no teacher are named in `label_terms`. What a run shall show beside numbers (reliability bins,
+    sample grids) goes into `panels` by kind.
 
     Args:
         student: The network to train.

@@ -15,7 +15,8 @@ def hint_regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -
 
     Maps (C, H, W): a convolution that also brings the grid to the teacher's size, then BatchNorm and ReLU, as is common
     in later comparisons: kernel `1 + H_s - H_t` where the student's grid is equal or larger, 3x3 with stride 2 where it
-    is twice as large, transposed 4x4 with stride 2 where it is half as large. Vectors and tokens (..., D): a linear map.
+    is twice as large, transposed 4x4 with stride 2 where it is half as large. Vectors and tokens (..., D): a linear
+    map.
 
     Args:
         student_shape: Shape of the student's feature without the batch dimension.

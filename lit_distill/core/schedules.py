@@ -1,6 +1,7 @@
 """Numbers that change during training: loss weights, temperatures, mixing factors.
 
-A schedule maps the iteration (batches seen, from 0) to a number. Everything that takes a schedule takes a plain number too.
+A schedule maps the iteration (batches seen, from 0) to a number. Everything that takes a schedule takes a plain number
+too.
 """
 
 import math

@@ -5,8 +5,9 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -49,8 +50,8 @@ def shard(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     Blocks are the classes a transformers model names in `_no_split_modules`, otherwise the entries of the outermost
     `ModuleList`s and `Sequential`s. Names of modules and parameters stay as they are.
 
-    A `ModuleDict` or `ModuleList` runs no forward of its own in which weights could be gathered: its entries are sharded
-    one by one. What has no parameters stays as it is.
+    A `ModuleDict` or `ModuleList` runs no forward of its own in which weights could be gathered: its entries are
+    sharded one by one. What has no parameters stays as it is.
 
     Args:
         network: The network; trained or frozen.
@@ -67,6 +68,16 @@ def shard(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     for block in _blocks(network):
         fully_shard(block, mesh=group, **options)
     fully_shard(network, mesh=group, **options)
+
+
+def full_state(network: nn.Module) -> dict[str, Any]:
+    """Returns the whole state dict of a network, on the CPU where it had to be gathered from shards.
+
+    A collective when the network is sharded: every process calls it; only the first one gets the weights.
+    """
+    if not isinstance(network, FSDPModule):
+        return network.state_dict()
+    return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

@@ -46,15 +46,18 @@ class FeatureTaps:
             The network's output, and the tapped outputs by name.
 
         Raises:
-            UsageError: A tapped module did not run, ran several times under its plain name, or returned no tensor.
+            UsageError: A tapped module did not run, ran several times under its plain name, returned no tensor, or one
+                that was overwritten later.
         """
         if not self.names:
             return self.network(*args, **kwargs), {}
-        seen: dict[str, list[Any]] = {path: [] for path, _ in self._runs.values()}
+        seen: dict[str, list[tuple[Any, int]]] = {path: [] for path, _ in self._runs.values()}
         modules = dict(self.network.named_modules())
         handles = [
             # The list is bound now: each hook fills its own.
-            modules[path].register_forward_hook(lambda _module, _args, output, runs=runs: runs.append(output))
+            modules[path].register_forward_hook(
+                lambda _module, _args, output, runs=runs: runs.append((output, _version(output)))
+            )
             for path, runs in seen.items()
         ]
         try:
@@ -64,7 +67,7 @@ class FeatureTaps:
                 handle.remove()
         return output, {name: self._pick(name, seen) for name in self.names}
 
-    def _pick(self, name: str, seen: Mapping[str, list[Any]]) -> Tensor:
+    def _pick(self, name: str, seen: Mapping[str, list[tuple[Any, int]]]) -> Tensor:
         path, run = self._runs[name]
         outputs = seen[path]
         if not outputs:
@@ -76,10 +79,20 @@ class FeatureTaps:
         index = run or 0
         if not -len(outputs) <= index < len(outputs):
             raise UsageError(f"tap '{name}': the module ran {len(outputs)} times; use :0 to :{len(outputs) - 1}")
-        feature = outputs[index]
+        feature, version = outputs[index]
         if not isinstance(feature, Tensor):
             raise UsageError(f"tap '{name}' returned {type(feature).__name__}, not a tensor; tap a module inside it")
+        if _version(feature) != version:
+            raise UsageError(
+                f"tap '{name}' was overwritten by an operation in place after it, such as ReLU(inplace=True); "
+                "tap the module that did it, or build it without inplace"
+            )
         return feature
+
+
+def _version(output: Any) -> int:
+    # Tensors made in inference mode do not count their changes.
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else 0
 
 
 def _split(name: str) -> tuple[str, int | None]:

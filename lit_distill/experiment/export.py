@@ -12,18 +12,18 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
-def save_student(network: Any, spec: Mapping[str, Any], folder: Path) -> None:
+def save_student(state: Mapping[str, Any], spec: Mapping[str, Any], folder: Path) -> None:
     """Writes a network as `model.safetensors` and `config.json`, so that it loads without this run and without pickles.
 
     Args:
-        network: The trained network.
+        state: State dict of the trained network. Weights tied to each other are written once for each name.
         spec: Its `{class_path, init_args}`, from the run's configuration.
         folder: `student/` of the run.
     """
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     with atomic_path(folder / WEIGHTS_FILE) as path:
-        save_model(network, str(path))
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
     write_json(folder / CONFIG_FILE, network_spec(spec))
 
 

@@ -1,14 +1,18 @@
 """LightningCLI with a run folder: one configuration in, one folder with everything about the run out."""
 
+import logging
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,9 +24,10 @@ from lit_distill.core.checkpoint_io import AtomicCheckpointIO
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import write_text
+from lit_distill.core.strategies import full_state
 from lit_distill.experiment.confighash import config_hash, first_difference
 from lit_distill.experiment.export import save_student
-from lit_distill.experiment.logger import METRICS_FILE, RunLogger
+from lit_distill.experiment.logger import METRICS_FILE, RunLogger, SaveRows
 from lit_distill.experiment.summary import SUMMARY_FILE, write_summary
 
 CONFIG_FILE = "config.yaml"
@@ -73,6 +78,7 @@ class DistillCLI(LightningCLI):
     folder: Path
 
     def __init__(self, args: list[str]) -> None:
+        _quieten()
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         options = {"parser_mode": "omegaconf+", "exit_on_error": False}
         self._started = time.time()
@@ -97,7 +103,11 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, without LightningCLI's warning about two sources of arguments: `main` always passes them."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except Exception:
+            _check_yaml(args)  # the parser does not say in which file the YAML is broken
+            raise
 
     # ---- before the run --------------------------------------------------------------------------------------------
 
@@ -126,16 +136,22 @@ class DistillCLI(LightningCLI):
         folder, run = self.folder, config.run
         if _rank() == 0:
             if (folder / CONFIG_FILE).is_file():
-                self._meet_earlier_run(text, overwrite=run.overwrite)
-            elif folder.exists() and any(folder.iterdir()) and not run.overwrite:
+                keep = self._meet_earlier_run(text, overwrite=run.overwrite)
+            elif folder.exists() and any(not _is_partial(path) for path in folder.iterdir()):
                 raise UsageError(f"--run.name: {folder} holds files of something else; choose another --run.name")
-            if not (folder / CONFIG_FILE).is_file():
+            else:
+                keep = False
+            if not keep:
+                _clear(folder)
                 write_text(folder / CONFIG_FILE, text)
+            for path in filter(_is_partial, folder.rglob("*")):  # what a killed run was writing
+                path.unlink(missing_ok=True)
         if config.ckpt_path is None and (folder / LAST_CHECKPOINT).is_file():
             config.ckpt_path = str(folder / LAST_CHECKPOINT)
             _say(f"resuming {folder} from its last checkpoint")
 
-    def _meet_earlier_run(self, text: str, *, overwrite: bool) -> None:
+    def _meet_earlier_run(self, text: str, *, overwrite: bool) -> bool:
+        """Says whether to go on with the run that the folder holds; raises if it may be neither resumed nor replaced."""
         folder = self.folder
         earlier = (folder / CONFIG_FILE).read_text(encoding="utf-8")
         if config_hash(earlier) != self.config_sha:
@@ -148,11 +164,8 @@ class DistillCLI(LightningCLI):
             if not overwrite:
                 raise AlreadyFinishedError(f"{folder} is finished; --run.overwrite true runs it again")
         else:
-            return
-        for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "student"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            return True
+        return False
 
     def _check_checkpoint(self, config: Any) -> None:
         path = config.ckpt_path
@@ -182,7 +195,7 @@ class DistillCLI(LightningCLI):
                 )
             )
         if fitting:
-            callbacks += [TeacherCheck(), self.efficiency]
+            callbacks += [TeacherCheck(), self.efficiency, SaveRows()]
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
     def _loggers(self, logger: Any) -> Any:
@@ -208,9 +221,10 @@ class DistillCLI(LightningCLI):
         metrics = {k: v for log in trainer.loggers if isinstance(log, RunLogger) for k, v in log.last("val/").items()}
         fit_model = self.model
         student = getattr(fit_model, fit_model.product, None) if isinstance(fit_model, Distiller) else None
-        if student is not None and getattr(fit_model, "device_mesh", None) is None and trainer.is_global_zero:
+        state = None if student is None else full_state(student)
+        if state is not None and trainer.is_global_zero:
             spec = _plain(config.model.init_args[fit_model.product])
-            save_student(student, spec, self.folder / "student")
+            save_student(state, spec, self.folder / "student")
         if config.run.test and _has_test_data(self.datamodule, fit_model):
             results = trainer.test(fit_model, datamodule=self.datamodule, verbose=False)
             metrics |= {key: float(value) for row in results for key, value in row.items() if key.startswith("test/")}
@@ -251,6 +265,60 @@ def run_lightning(words: list[str]) -> int:
     except AlreadyFinishedError as finished:
         _say(f"lit-distill: {finished}")
     return 0
+
+
+def _clear(folder: Path) -> None:
+    """Removes the results of an earlier run, caches of its student's outputs included.
+
+    The summary goes first and config.yaml stays until a new one replaces it: at no moment are there checkpoints beside a
+    configuration that they are not of.
+    """
+    for path in (folder / SUMMARY_FILE, folder / METRICS_FILE, *folder.glob("*.safetensors")):
+        path.unlink(missing_ok=True)
+    for name in ("student", LAST_CHECKPOINT.parent):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".partial"
+
+
+def _check_yaml(words: list[str]) -> None:
+    """Refuses the first configuration file that is no YAML mapping, by its name."""
+    names = [name for word, name in pairwise(words) if word in ("-c", "--config")]
+    names += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    for path in map(Path, names):
+        if not path.is_file():
+            continue
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--config: {path} is no text; give a YAML file") from error
+        except yaml.YAMLError as error:
+            place = getattr(error, "problem_mark", None)
+            line = f" (line {place.line + 1}: {error.problem})" if place is not None else ""  # type: ignore[attr-defined]
+            raise UsageError(f"--config: {path} is not YAML{line}; correct it") from error
+        if not isinstance(content, dict):
+            found = "is empty" if content is None else f"holds {type(content).__name__} '{content}'"
+            raise UsageError(f"--config: {path} {found}; write keys such as `model:` and `data:` into it")
+
+
+def _quieten() -> None:
+    """Silences what a user of this command can do nothing about."""
+    ignored = (
+        r".*`isinstance\(treespec, LeafSpec\)`",  # Lightning 2.6 with a newer torch
+        r".*module\(s\) in eval mode at the start of training",  # the frozen teacher, on purpose
+        r".*does not have many workers",  # in-memory data needs none
+        r".*smaller than the logging interval",  # the end of an epoch logs too
+        r".*Checkpoint directory .* exists and is not empty",  # a resumed run
+        r".*`?`?dump`?`? was deprecated",  # jsonargparse's newer name is newer than our lower bound
+        r".*`?`?instantiate_classes`?`? was deprecated",  # the same, called by Lightning
+    )
+    for message in ignored:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
 
 
 def _has_test_data(datamodule: Any, model: Any) -> bool:

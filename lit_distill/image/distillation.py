@@ -104,9 +104,9 @@ def stages(network: nn.Module) -> tuple[str, ...]:
 
 
 class ImageDistiller(Distiller):
-    """Trains a classifier on labels and, by weighted terms, on a frozen teacher.
+    r"""Trains a classifier on labels and, by weighted terms, on a frozen teacher.
 
-    .. math:: L = \\gamma \\, \\mathrm{CE}(y, z^s) + \\sum_i w_i \\, L_i(\\text{student}, \\text{teacher})
+    .. math:: L = \gamma \, \mathrm{CE}(y, z^s) + \sum_i w_i \, L_i(\text{student}, \text{teacher})
 
     Args:
         student: The classifier to train; images (B, C, H, W) to logits (B, K).
@@ -243,7 +243,7 @@ class ImageDistiller(Distiller):
     # ---- helpers ---------------------------------------------------------------------------------------------------
 
     def _log_metrics(self, metrics: Any) -> None:
-        self.log_dict(metrics.compute())
+        self.log_dict(metrics.compute(), sync_dist=True)
         metrics.reset()
 
     def _losses(self) -> list[DistillationLoss]:
@@ -260,8 +260,8 @@ class ImageDistiller(Distiller):
         described = data.fingerprint()
         if described["random"]:
             raise UsageError(
-                "model.teacher_cache: the training images are augmented at random, so one cached output per image is not "
-                "the teacher's output; set data.augment to false, or leave the cache out"
+                "model.teacher_cache: the training images are augmented at random, so one cached output per image is "
+                "not the teacher's output; set data.augment to false, or leave the cache out"
             )
         taps = self._teacher_taps.names
         fingerprint = {"teacher": self._teacher_hash, "data": described, "outputs": ["logits", *taps]}
@@ -290,5 +290,6 @@ def _classes(logits: Any, network: nn.Module, role: str) -> int:
 def _check_classes(role: str, found: int, wanted: int) -> None:
     if found != wanted:
         raise UsageError(
-            f"model.{role} has {found} classes, the data has {wanted}; set model.{role}.init_args.num_classes to {wanted}"
+            f"model.{role} has {found} classes, the data has {wanted}; "
+            f"set model.{role}.init_args.num_classes to {wanted}"
         )

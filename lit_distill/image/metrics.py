@@ -53,8 +53,8 @@ def classification_metrics(num_classes: int, *, prefix: str) -> MetricCollection
 def reliability(metrics: MetricCollection) -> dict[str, list[float]]:
     """Returns the bins of a reliability diagram over all processes: mean confidence, accuracy and count of each.
 
-    Taken from the state of the calibration error. A confidence of exactly 1 goes into the last bin; torchmetrics gives it
-    a bin of its own, which moves its ECE by less than the width of a line in the diagram.
+    Taken from the state of the calibration error. A confidence of exactly 1 goes into the last bin; torchmetrics gives
+    it a bin of its own, which moves its ECE by less than the width of a line in the diagram.
     """
     calibration = metrics["ece"]
     assert isinstance(calibration, MulticlassCalibrationError)

@@ -19,8 +19,8 @@ def forward_kl(
 
     .. math:: T^2 \sum_k p^t_k(T) \, (\log p^t_k(T) - \log p^s_k(T)), \qquad p(T) = \mathrm{softmax}(z / T)
 
-    The teacher is a constant. Its gradient with respect to the student's logits is `T (p^s(T) - p^t(T))`, so that with the
-    factor T^2 the size of the gradient hardly depends on T.
+    The teacher is a constant. Its gradient with respect to the student's logits is `T (p^s(T) - p^t(T))`, so that with
+    the factor T^2 the size of the gradient hardly depends on T.
 
     Args:
         student_logits: (B, K).

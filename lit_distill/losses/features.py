@@ -58,8 +58,8 @@ def attention_transfer(
 
     .. math:: \frac{1}{HW} \lVert Q(f^s) - Q(f^t) \rVert_2^2 = \frac{2 - 2 \cos(v^s, v^t)}{HW}
 
-    Grids that differ are average-pooled to the smaller one. The paper has the Euclidean norm; the mean over positions is
-    what public code and the usual weight of 1000 refer to.
+    Grids that differ are average-pooled to the smaller one. The paper has the Euclidean norm; the mean over positions
+    is what public code and the usual weight of 1000 refer to.
 
     Args:
         student_feature: (B, C_s, H_s, W_s).

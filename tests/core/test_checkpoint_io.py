@@ -28,7 +28,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"cannot write .*last\.ckpt: .*PytorchStreamWriter"):
         io.save_checkpoint({"n": 2}, path)
     assert io.load_checkpoint(path) == {"n": 1}
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200])

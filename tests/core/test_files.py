@@ -20,7 +20,7 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_the_target_is_old_until_the_block_ends(tmp_path):
@@ -57,4 +57,4 @@ def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path):
     (tmp_path / "x.txt").mkdir()
     with pytest.raises(RunError, match="cannot write"):
         write_text(tmp_path / "x.txt", "x")
-    assert sorted(os.listdir(tmp_path)) == ["file", "x.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "x.txt"]

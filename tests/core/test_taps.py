@@ -57,7 +57,7 @@ def test_a_module_that_runs_twice_is_told_apart_by_run(network):
     torch.testing.assert_close(features["relu:0"], network.first(x).clamp(min=0))
     assert features["relu:-1"] is output
     assert features["relu:1"] is output
-    with pytest.raises(UsageError, match="'relu' ran 2 times.*relu:0"):
+    with pytest.raises(UsageError, match=r"'relu' ran 2 times.*relu:0"):
         FeatureTaps(network, ["relu"])(x)
     with pytest.raises(UsageError, match="ran 2 times; use :0 to :1"):
         FeatureTaps(network, ["relu:2"])(x)
@@ -77,6 +77,16 @@ def test_a_module_that_does_not_run_or_returns_no_tensor_is_refused(network):
         FeatureTaps(network, ["idle"])(torch.ones(1, 3))
     with pytest.raises(UsageError, match="'recurrent' returned tuple"):
         FeatureTaps(network, ["recurrent"])(torch.ones(1, 3))
+
+
+def test_a_feature_that_is_overwritten_later_is_refused():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    _, features = FeatureTaps(network, ["1"])(torch.ones(1, 3))
+    assert bool((features["1"] >= 0).all())
+    with torch.no_grad(), pytest.raises(UsageError, match="tap '0' was overwritten by an operation in place"):
+        FeatureTaps(network, ["0"])(torch.ones(1, 3))
+    with torch.inference_mode():  # cannot be noticed there; must work nonetheless
+        FeatureTaps(network, ["1"])(torch.ones(1, 3))
 
 
 def test_hooks_are_gone_after_a_forward_and_after_a_failed_one(network):

@@ -52,11 +52,11 @@ def test_calibration_error_of_four_answers_by_hand():
 
 
 def test_a_confidence_of_one_belongs_to_the_last_bin():
-    # 1.0 (wrong) and 0.95 (right): one bin of two answers, |0.5 - 0.975|, and not two bins.
-    logits = torch.tensor([[200.0, 0.0], [np.log(0.95), np.log(0.05)]])
-    metrics = updated(logits, torch.tensor([1, 0]))
-    assert float(metrics.compute()["test/ece"]) == pytest.approx(0.475, rel=1e-4)
-    assert reliability(metrics)["count"] == [0.0] * 14 + [2.0]
+    metrics = updated(torch.tensor([[200.0, 0.0], [np.log(0.95), np.log(0.05)]]), torch.tensor([1, 0]))
+    bins = reliability(metrics)
+    assert bins["count"] == [0.0] * 14 + [2.0]
+    assert bins["accuracy"][14] == 0.5
+    assert bins["confidence"][14] == pytest.approx(0.975)
 
 
 def test_bins_give_the_calibration_error_back(answers):

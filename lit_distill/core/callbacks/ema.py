@@ -67,6 +67,9 @@ class EMA(EMAWeightAveraging):
         super().on_train_epoch_end(trainer, _product(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves it to `on_fit_end`: a run resumed behind its last batch has no end of training any more."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the averaged student in the module."""
         super().on_train_end(trainer, _product(pl_module))
 

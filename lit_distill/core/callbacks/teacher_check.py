@@ -25,6 +25,7 @@ class TeacherCheck(Callback):
 
     def __init__(self, samples: int = 512) -> None:
         self.samples = samples
+        self._tried = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the teacher on validation data."""
@@ -46,6 +47,11 @@ class TeacherCheck(Callback):
             return
         if pl_module.device_mesh is not None:  # a second backward through sharded networks is not supported by FSDP2
             return
+        if self._tried or not pl_module.terms:
+            return
+        self._tried = (
+            True  # a method with several optimizers goes backward several times; the terms' graph lives for one
+        )
         terms = [value for name, value in pl_module.terms.items() if name not in pl_module.label_terms]
         parameters = [parameter for parameter in pl_module.student.parameters() if parameter.requires_grad]
         gradients: tuple[Tensor | None, ...] = ()
@@ -53,8 +59,9 @@ class TeacherCheck(Callback):
         if live:
             gradients = torch.autograd.grad(sum(live), parameters, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]  # sum of tensors
         if not any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients):
+            names = ", ".join(sorted(set(pl_module.terms) - pl_module.label_terms)) or "none"
             rank_zero_warn(
-                f"the teacher has no effect: its terms ({', '.join(set(pl_module.terms) - pl_module.label_terms) or 'none'}) "
+                f"the teacher has no effect: its terms ({names}) "
                 "give the student no gradient; check their weights and that teacher and student differ"
             )
 

@@ -15,8 +15,8 @@ class FitNets(ImageDistiller):
 
     .. math:: L = \gamma \, \mathrm{CE}(y, z^s) + \beta \, \mathrm{MSE}(r(f^s), f^t)
 
-    In one stage, as later comparisons do it. The paper first trains the lower half on the hint, then distils logits: that
-    is a recipe of two runs.
+    In one stage, as later comparisons do it. The paper first trains the lower half on the hint, then distils logits:
+    that is a recipe of two runs.
 
     Args:
         student: The classifier to train.

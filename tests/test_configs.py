@@ -1,0 +1,128 @@
+"""Every YAML file of the repository parses and instantiates; every small run is trained for a few batches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_distill.cli import main
+from lit_distill.experiment.export import save_student
+from lit_distill.experiment.launch import DistillCLI
+from lit_distill.experiment.methods import find_methods
+from lit_distill.experiment.recipe import read_recipe
+from lit_distill.image.models import LeNet, ResNetCIFAR
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted((ROOT / "configs/image").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
+SMALL = [path for path in METHODS if path.stem.endswith("_small")]
+CPU = ["-c", str(ROOT / "configs/trainer/cpu.yaml")]
+
+
+def ids(path):
+    return path.stem
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Folders of untrained teachers, as the runs that the files refer to would leave them."""
+    folder = tmp_path_factory.mktemp("teachers")
+    small = {"num_classes": 10, "widths": [16, 32], "hidden": 160}
+    large = {"num_classes": 100, "depth": 56, "shortcut": "B"}
+    models = "lit_distill.image.models"
+    save_student(
+        LeNet(**small).state_dict(), {"class_path": f"{models}.LeNet", "init_args": small}, folder / "small/student"
+    )
+    save_student(
+        ResNetCIFAR(**large).state_dict(),
+        {"class_path": f"{models}.ResNetCIFAR", "init_args": large},
+        folder / "large/student",
+    )
+    return folder
+
+
+def words(path, teachers, root):
+    config = yaml.safe_load(path.read_text())
+    chosen = ["fit", *CPU, "-c", str(path), f"--run.root={root}", "--run.name=x", "--trainer.enable_progress_bar=false"]
+    if "teacher" in config["model"]["init_args"]:
+        weights = teachers / ("small" if path.stem.endswith("_small") else "large")
+        chosen.append(f"--model.init_args.teacher.init_args.weights={weights}")
+    return chosen
+
+
+@pytest.mark.parametrize("path", METHODS, ids=ids)
+def test_method_config_instantiates(path, teachers, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, _: built.append(cli))
+    assert main(words(path, teachers, tmp_path)) == 0
+    assert built[0].model.student is not None
+    assert built[0].datamodule.batch_size > 0
+
+
+@pytest.mark.parametrize("path", SMALL, ids=ids)
+def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_path):
+    short = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=3"]
+    assert main([*words(path, teachers, tmp_path), *short]) == 0
+    folder = tmp_path / "default/x"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"test/acc", "test/ece", "test/nll", "val/acc"} <= set(summary["metrics"])
+    assert (folder / "student/model.safetensors").stat().st_size > 4 * summary["networks"]["student"]["params"]
+    assert "train/loss" in (folder / "metrics.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_recipe_refers_to_files_and_stages_that_exist(path, tmp_path):
+    recipe = read_recipe(str(path))
+    jobs = recipe.jobs(tmp_path)
+    assert len(jobs) == sum(len(stage.seeds) for stage in recipe.stages)
+    assert all("${stage" not in word for job in jobs for word in job.words)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_every_stage_of_a_recipe_parses(path, tmp_path, teachers, monkeypatch):
+    monkeypatch.setattr(DistillCLI, "before_instantiate_classes", lambda cli: None)
+    monkeypatch.setattr(DistillCLI, "instantiate_classes", lambda cli: None)
+    monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, _: None)
+    for job in read_recipe(str(path)).jobs(tmp_path, seeds=1):
+        assert main(job.words) == 0, job.name
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "debug"])
+def test_trainer_preset_instantiates(name, teachers, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, _: built.append(cli))
+    preset = ["-c", str(ROOT / f"configs/trainer/{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    preset = preset[:2] if name in ("cpu", "debug") else preset
+    method = words(ROOT / "configs/image/kd_small.yaml", teachers, tmp_path)
+    assert main([*method, *preset]) == 0
+    assert built[0].trainer.num_devices == (1 if name in ("cpu", "debug") else 2)
+
+
+def test_gpu_preset_says_what_it_needs(teachers, tmp_path, capsys):
+    method = words(ROOT / "configs/image/kd_small.yaml", teachers, tmp_path)
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there; the preset is right")
+    assert main([*method, "-c", str(ROOT / "configs/trainer/gpu.yaml")]) in (1, 2)
+    assert "gpu" in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize("name", ["csv", "wandb"])
+def test_logger_preset_instantiates_with_the_run_folder_first(name, teachers, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    built = []
+    monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, _: built.append(cli))
+    method = words(ROOT / "configs/image/kd_small.yaml", teachers, tmp_path)
+    assert main([*method, "-c", str(ROOT / f"configs/logger/{name}.yaml")]) == 0
+    trainer = built[0].trainer
+    assert Path(trainer.log_dir) == tmp_path / "default/x"
+    assert len(trainer.loggers) == (1 if name == "csv" else 2)
+
+
+def test_every_method_has_a_published_and_a_small_config():
+    for method in find_methods():
+        stems = {Path(path).stem for path in method["configs"]}
+        assert any(stem.endswith("_small") for stem in stems), method["name"]
+        assert any(not stem.endswith("_small") for stem in stems), method["name"]

@@ -1,0 +1,428 @@
+"""What a user can get wrong: one line that names the key, the value and the remedy, an exit status, nothing lost.
+
+A row is a command, typed in a folder that holds the configurations below and one finished run. The command runs in this
+process, since starting a new one costs seconds.
+"""
+
+import errno
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lit_distill.cli import main
+
+JOB = """\
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  log_every_n_steps: 1
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  enable_model_summary: false
+model:
+  class_path: lit_distill.image.Supervised
+  init_args:
+    student:
+      class_path: lit_distill.image.models.MLP
+      init_args:
+        in_features: 64
+        num_classes: 10
+        hidden: [8]
+    optimizer:
+      class_path: torch.optim.SGD
+      init_args:
+        lr: 0.1
+data:
+  class_path: lit_distill.image.DigitsDataModule
+  init_args:
+    batch_size: 50
+    train_size: 100
+"""
+TEACHER = """\
+    teacher:
+      class_path: lit_distill.core.pretrained
+      init_args:
+        weights: runs/demo/teacher
+    optimizer:
+"""
+KD = JOB.replace("image.Supervised", "image.KD").replace("    optimizer:\n", TEACHER)
+FITNETS = JOB.replace("image.Supervised", "image.FitNets").replace("    optimizer:\n", TEACHER)
+CIFAR = """\
+model:
+  class_path: lit_distill.image.Supervised
+  init_args:
+    student:
+      class_path: lit_distill.image.models.MLP
+      init_args: {in_features: 3072, num_classes: 10, hidden: [4]}
+"""
+FOLDER = """\
+data:
+  class_path: lit_distill.image.ImageFolderDataModule
+  init_args: {root: images, batch_size: 2, num_workers: 0, image_size: 8}
+"""
+RECIPE = """\
+experiment: chain
+configs: [job.yaml]
+stages:
+  one: {}
+  two:
+    configs: [kd.yaml]
+    set: {model.init_args.teacher.init_args.weights: "${stage:one}"}
+"""
+FIT = "fit -c job.yaml"
+WEIGHTS = Path("runs/demo/teacher/student/model.safetensors")
+LAST = Path("checkpoints/last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which a teacher was trained."""
+    folder = tmp_path_factory.mktemp("finished")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for name, text in {"job": JOB, "kd": KD, "fitnets": FITNETS, "cifar": CIFAR, "recipe": RECIPE}.items():
+            Path(f"{name}.yaml").write_text(text)
+        assert main(shlex.split("fit -c job.yaml --run.experiment demo --run.name teacher")) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def workplace(finished, tmp_path, monkeypatch):
+    """A copy of that folder, as the working directory."""
+    place = tmp_path / "place"
+    shutil.copytree(finished, place)
+    monkeypatch.chdir(place)
+    return place
+
+
+# ---- preparations: what lies in the working directory before the command -------------------------------------------
+
+
+def _write(name: str, content: str | bytes) -> Callable[[pytest.MonkeyPatch], None]:
+    def prepare(monkeypatch):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return prepare
+
+
+def _change(name: str, old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def prepare(monkeypatch):
+        text = Path(name).read_text()
+        assert old in text
+        Path(name).write_text(text.replace(old, new))
+
+    return prepare
+
+
+def _cut(path: Path) -> Callable[[pytest.MonkeyPatch], None]:
+    def prepare(monkeypatch):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return prepare
+
+
+def _killed(monkeypatch):
+    """The run was killed after its first epoch; its last checkpoint is half of one."""
+    (Path("runs/demo/teacher") / "summary.json").unlink()
+    _cut(Path("runs/demo/teacher") / LAST)(monkeypatch)
+
+
+def _unfinished(monkeypatch):
+    (Path("runs/demo/teacher") / "summary.json").unlink()
+    shutil.rmtree("runs/demo/teacher/student")
+
+
+def _other_weights(monkeypatch):
+    shutil.copy(WEIGHTS, "teacher.safetensors")
+
+
+def _one_class(monkeypatch):
+    for number in range(4):
+        Path("images/train/cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(f"images/train/cat/{number}.png")
+
+
+def _no_images(monkeypatch):
+    for name in ("cat", "dog"):
+        Path("images/train", name).mkdir(parents=True)
+
+
+def _labels_out_of_range(monkeypatch):
+    """An archive of two images with the labels 3 and 10."""
+    from io import BytesIO
+
+    strip = BytesIO()
+    Image.new("RGB", (32, 64)).save(strip, "webp", lossless=True)
+    webp = np.frombuffer(strip.getvalue(), np.uint8)
+    part = {"webp": webp, "offsets": np.array([0, len(webp)]), "labels": np.array([3, 10])}
+    arrays = {f"{split}_{key}": value for split in ("train", "test") for key, value in part.items()}
+    np.savez("cifar10.npz", classes=np.array([str(number) for number in range(10)]), **arrays)
+
+
+def _stale_cache(monkeypatch):
+    """A cache that says of itself that it was made from other data."""
+    save_file({"logits": torch.zeros(100, 10)}, "cache.st", metadata={"fingerprint": json.dumps({"teacher": "other"})})
+
+
+def _full_disk(monkeypatch):
+    """The disk fills up when the second checkpoint is flushed."""
+    flush, seen = os.fsync, []
+
+    def fsync(handle):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if "last.ckpt" in name:
+            seen.append(name)
+            if len(seen) > 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def _full_disk_in_torch(monkeypatch):
+    """The disk is full when torch writes, which torch reports in a way of its own."""
+
+    def save(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+class Mistake(NamedTuple):
+    """A wrong command, the exit status, what its line says, and what is done to the working directory before."""
+
+    name: str
+    command: str
+    status: int
+    says: tuple[str, ...]
+    prepare: Callable[[pytest.MonkeyPatch], None] | None = None
+
+
+def _recipe(name: str, old: str, new: str, *says: str, command: str = "run recipe.yaml --dry-run") -> Mistake:
+    return Mistake(name, command, 2, says, _change("recipe.yaml", old, new) if old else None)
+
+
+MISTAKES = [
+    # The command line.
+    Mistake("command", "fitt -c job.yaml", 2, ("'fitt'", "did you mean 'fit'")),
+    Mistake("no-configuration", "fit", 2, ("model", "data", "-c FILE")),
+    Mistake("no-dashes", "fit job.yaml", 2, ("'job.yaml'", "two dashes")),
+    Mistake("top-level-key", f"{FIT} --trainr.max_epochs 1", 2, ("trainr.max_epochs", "mean trainer.max_epochs?")),
+    Mistake("key-of-trainer", f"{FIT} --trainer.max_epoch 1", 2, ("trainer.max_epoch ", "mean trainer.max_epochs?")),
+    Mistake("key-of-run", f"{FIT} --run.nme x", 2, ("run.nme", "mean run.name?")),
+    Mistake("key-of-model", f"{FIT} --model.studnt x", 2, ("model.studnt", "Supervised", "mean model.student?")),
+    Mistake("key-far-off", f"{FIT} --model.zzz 1", 2, ("model.zzz", "Supervised takes student, teacher,")),
+    Mistake("key-of-network", f"{FIT} --model.student.in_feature 64", 2, ("MLP", "mean model.student.in_features?")),
+    Mistake("key-of-optimizer", f"{FIT} --model.optimizer.momentm 1", 2, ("SGD", "mean model.optimizer.momentum?")),
+    Mistake("type-of-rate", f"{FIT} --model.optimizer.lr fast", 2, ("model.optimizer.lr: 'fast'", "a number")),
+    Mistake("type-of-epochs", f"{FIT} --trainer.max_epochs many", 2, ("max_epochs: 'many'", "whole number or null")),
+    Mistake("type-of-batch", f"{FIT} --data.batch_size 1.5", 2, ("data.batch_size: '1.5'", "give a whole number")),
+    Mistake("type-of-list", f"{FIT} --model.student.hidden 8", 2, ("model.student.hidden: '8'", "give a list")),
+    Mistake("precision", f"{FIT} --trainer.precision bf61", 2, ("trainer.precision: 'bf61'", "bf16", "16-mixed")),
+    Mistake("strategy", f"{FIT} --trainer.strategy fsdp3", 2, ("trainer.strategy: 'fsdp3'", "fsdp2")),
+    Mistake("accelerator", f"{FIT} --trainer.accelerator gpuu", 2, ("trainer.accelerator: 'gpuu'", "cpu")),
+    Mistake("no-gpu", f"{FIT} --trainer.accelerator gpu", 2, ("trainer.accelerator", "no gpu", "cpu")),
+    Mistake("no-devices", f"{FIT} --trainer.devices 0", 2, ("trainer.devices: 0", "1 or more")),
+    Mistake("no-threads", f"{FIT} --run.threads 0", 2, ("--run.threads is 0", "at least 1")),
+    Mistake(
+        "interpolation",
+        f"{FIT} '--data.train_size=${{data.init_args.nope}}'",
+        2,
+        ("data.init_args.train_size", "${data.init_args.nope}", "in full"),
+    ),
+    # Class paths and module names.
+    Mistake("module", f"{FIT} --model lit_distill.imag.KD", 2, ("model: lit_distill.imag.KD", "lit_distill.image.KD?")),
+    Mistake("package", f"{FIT} --model lit_distil.KD", 2, ("model: lit_distil.KD", "no package 'lit_distil'")),
+    Mistake("method", f"{FIT} --model lit_distill.image.Supervized", 2, ("Supervized", "mean lit_distill.image.Superv")),
+    Mistake("network", f"{FIT} --model.student lit_distill.image.models.MPL", 2, ("model.student", "MPL", "models.MLP?")),
+    Mistake("optimizer", f"{FIT} --model.optimizer torch.optim.Adm", 2, ("model.optimizer", "torch.optim.Adam?")),
+    Mistake("data-as-model", f"{FIT} --model lit_distill.image.DigitsDataModule", 2, ("model", "no LightningModule")),
+    Mistake("tap", "fit -c fitnets.yaml --model.student_tap layer7", 2, ("'layer7'", "MLP", "layer1")),
+    # Configuration files.
+    Mistake("config-missing", "fit -c absent.yaml", 2, ("--config", "absent.yaml", "working directory")),
+    Mistake("config-no-yaml", "fit -c a.yaml", 2, ("a.yaml", "line 2", "correct"), _write("a.yaml", "a: [1\nb: c: d")),
+    Mistake("config-empty", "fit -c a.yaml", 2, ("a.yaml is empty", "`model:`"), _write("a.yaml", "")),
+    Mistake("config-prose", "fit -c a.yaml", 2, ("a.yaml", "'hello'", "`model:`"), _write("a.yaml", "hello")),
+    Mistake("config-binary", "fit -c a.yaml", 2, ("a.yaml", "no text", "YAML"), _write("a.yaml", b"\x80\xff")),
+    Mistake(
+        "config-key",
+        FIT,
+        2,
+        ("model.student.numclasses", "model.student.num_classes?"),
+        _change("job.yaml", "num_classes", "numclasses"),
+    ),
+    # Weights and checkpoints.
+    Mistake("weights-missing", "fit -c kd.yaml --model.teacher.weights runs/x", 2, ("weights: runs/x", "run folder")),
+    Mistake("weights-corrupt", "fit -c kd.yaml", 1, ("weights", str(WEIGHTS), "truncated"), _cut(WEIGHTS)),
+    Mistake(
+        "weights-without-network",
+        "fit -c kd.yaml --model.teacher.weights teacher.safetensors",
+        2,
+        ("teacher.safetensors", "add `network:`"),
+        _other_weights,
+    ),
+    Mistake(
+        "weights-of-another-depth",
+        "fit -c kd.yaml --model.teacher.network lit_distill.image.models.MLP --model.teacher.network.in_features 64 "
+        "--model.teacher.network.num_classes 10 --model.teacher.network.hidden [8,8]",
+        2,
+        ("runs/demo/teacher", "layer2", "depth"),
+    ),
+    Mistake("checkpoint-missing", f"{FIT} --ckpt_path a.ckpt", 2, ("--ckpt_path: a.ckpt", "does not exist")),
+    Mistake(
+        "checkpoint-truncated",
+        f"{FIT} --run.name new --ckpt_path runs/demo/teacher/{LAST}",
+        1,
+        ("ckpt_path", str(LAST), "truncated", "delete"),
+        _cut(Path("runs/demo/teacher") / LAST),
+    ),
+    Mistake(
+        "own-checkpoint-truncated",
+        f"{FIT} --run.experiment demo --run.name teacher",
+        1,
+        (f"runs/demo/teacher/{LAST}", "truncated", "delete"),
+        _killed,
+    ),
+    # Networks and data that do not fit.
+    Mistake("teacher-missing", "fit -c kd.yaml --model.teacher null", 2, ("model.init_args.teacher", "KD")),
+    Mistake("student-classes", f"{FIT} --model.student.num_classes 9", 2, ("model.student has 9", "num_classes to 10")),
+    Mistake(
+        "teacher-classes",
+        "fit -c kd.yaml --model.teacher lit_distill.image.models.MLP --model.teacher.in_features 64 "
+        "--model.teacher.num_classes 7",
+        2,
+        ("model.teacher has 7", "num_classes to 10"),
+    ),
+    Mistake("input-size", f"{FIT} --model.student.in_features 63", 2, ("MLP", "(1, 8, 8)", "63")),
+    Mistake("data-missing", f"{FIT} -c a.yaml", 2, ("data.root", "images", "train/"), _write("a.yaml", FOLDER)),
+    Mistake("batch-zero", f"{FIT} --data.batch_size 0", 2, ("data.batch_size: 0", "1 or more")),
+    Mistake("batch-negative", f"{FIT} --data.batch_size -3", 2, ("data.batch_size: -3", "1 or more")),
+    Mistake("batch-too-large", f"{FIT} --data.batch_size 101", 2, ("data.batch_size: 101", "100", "lower")),
+    Mistake("train-size", f"{FIT} --data.train_size 9999", 2, ("data.train_size: 9999", "1197", "lower")),
+    Mistake("val-size", f"{FIT} --data.val_size 1797", 2, ("data.val_size", "1797", "lower")),
+    Mistake(
+        "root-missing",
+        "fit -c job.yaml -c cifar.yaml --data lit_distill.image.CIFAR10DataModule --data.root nowhere",
+        2,
+        ("data.root: nowhere", "cifar10.npz", "data.download"),
+    ),
+    Mistake(
+        "labels-out-of-range",
+        "fit -c job.yaml -c cifar.yaml --data lit_distill.image.CIFAR10DataModule --data.root .",
+        2,
+        ("labels", "3 to 10", "0 to 9"),
+        _labels_out_of_range,
+    ),
+    # Values that make no sense.
+    Mistake("diverged", f"{FIT} --model.optimizer.lr 1e30", 1, ("train/ce is nan", "learning rate", "gradient_clip")),
+    Mistake("temperature", "fit -c kd.yaml --model.temperature 0", 2, ("temperature is 0", "above 0")),
+    Mistake(
+        "schedule",
+        "fit -c kd.yaml --model.temperature lit_distill.core.Linear --model.temperature.start 1.0 "
+        "--model.temperature.end 2.0 --model.temperature.iterations -5",
+        2,
+        ("iterations is -5", "at least 1"),
+    ),
+    Mistake("nothing-to-train-on", f"{FIT} --model.label_weight 0.0", 2, ("model.label_weight is 0", "no teacher")),
+    Mistake(
+        "cache-stale", "fit -c kd.yaml --model.teacher_cache cache.st", 2, ("cache.st is stale", "delete"), _stale_cache
+    ),
+    Mistake(
+        "cache-corrupt",
+        "fit -c kd.yaml --model.teacher_cache a.st",
+        1,
+        ("a.st is corrupt", "delete"),
+        _write("a.st", b"half of a cache"),
+    ),
+    Mistake(
+        "cache-with-augmentation",
+        "fit -c kd.yaml --model.teacher_cache new.st --data.augment true",
+        2,
+        ("model.teacher_cache", "augmented", "data.augment to false"),
+    ),
+    # The run folder.
+    Mistake("folder-below-a-file", f"{FIT} --run.root job.yaml/runs", 2, ("job.yaml/runs", "Not a directory", "path")),
+    Mistake(
+        "other-configuration",
+        f"{FIT} --run.experiment demo --run.name teacher --model.optimizer.lr 0.2",
+        2,
+        ("runs/demo/teacher", "optimizer.init_args.lr was 0.1, now 0.2", "--run.name"),
+    ),
+    Mistake(
+        "foreign-files",
+        f"{FIT} --run.name mine",
+        2,
+        ("runs/default/mine", "--run.name"),
+        _write("runs/default/mine/thesis.tex", "years of work"),
+    ),
+    # Recipes.
+    Mistake("recipe-missing", "run absent.yaml", 2, ("absent.yaml", "configs/")),
+    Mistake("recipe-no-yaml", "run a.yaml", 2, ("a.yaml", "not YAML"), _write("a.yaml", "a: [1\nb: c: d")),
+    Mistake("recipe-no-stages", "run job.yaml", 2, ("job.yaml", "no stages", "`stages:`")),
+    _recipe("recipe-reference", "stage:one", "stage:uno", "'two'", "'uno'", "one, two"),
+    _recipe("recipe-circle", "stage:one", "stage:two", "two", "circle", "remove"),
+    _recipe("recipe-key", "experiment:", "experimnt:", "'experimnt'", "experiment"),
+    _recipe("recipe-stage-key", "    set:", "    st:", "'two'", "'st'", "configs, seeds, set"),
+    _recipe("recipe-config", "kd.yaml", "dk.yaml", "'two'", "dk.yaml", "configs/"),
+    _recipe("recipe-seeds", "configs: [job", "seeds: [a]\nconfigs: [job", "seeds is ['a']", "[0, 1, 2]"),
+    _recipe("recipe-only", "", "", "--only", "'three'", "one, two", command="run recipe.yaml --only three"),
+    _recipe("recipe-no-seeds", "", "", "--seeds is 0", "at least 1", command="run recipe.yaml --seeds 0"),
+    # Results.
+    Mistake("compare-nothing", "compare", 2, ("DIR", "--help")),
+    Mistake("compare-no-folder", "compare absent", 2, ("absent", "runs/quickstart")),
+    Mistake("compare-no-runs", "compare empty", 2, ("empty", "config.yaml"), _write("empty/readme.txt", "")),
+    Mistake("compare-metric", "compare runs --metric test/accc", 2, ("'test/accc'", "test/acc")),
+    Mistake("export-nothing", "export", 2, ("RUN", "--to", "--help")),
+    Mistake("export-unfinished", "export runs/demo/teacher --to new", 2, ("runs/demo/teacher", "finish"), _unfinished),
+    Mistake("export-into-files", "export runs/demo/teacher --to runs", 2, ("--to: runs", "not empty", "new folder")),
+    Mistake("export-format", "export runs/demo/teacher --to new --format tflite", 2, ("'tflite'", "safetensors")),
+    Mistake("methods-option", "methods --jsn", 2, ("--jsn", "--help")),
+    # What the machine may do to a run.
+    Mistake(
+        "disk-full",
+        f"{FIT} --trainer.max_epochs 3 --run.name new",
+        1,
+        ("runs/default/new/checkpoints/last.ckpt", "No space left", "free space"),
+        _full_disk,
+    ),
+    Mistake("disk-full-in-torch", FIT, 1, ("last.ckpt", "free space"), _full_disk_in_torch),
+    Mistake("data-one-class", f"{FIT} -c a.yaml", 2, ("images/train", "1 class", "two"), None),
+    Mistake("data-empty", f"{FIT} -c a.yaml", 2, ("data.root", "images/train", "add images"), None),
+]
+FOLDERS = {"data-one-class": _one_class, "data-empty": _no_images}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.name for mistake in MISTAKES])
+def test_mistake_gives_one_line_with_key_value_and_remedy_and_loses_nothing(mistake, workplace, monkeypatch, capsys):
+    if mistake.name in FOLDERS:
+        _write("a.yaml", FOLDER)(monkeypatch)
+        FOLDERS[mistake.name](monkeypatch)
+    if mistake.prepare is not None:
+        mistake.prepare(monkeypatch)
+    before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+
+    status = main(shlex.split(mistake.command))
+
+    told = capsys.readouterr()
+    lines = [line for line in told.err.splitlines() if "error: " in line]
+    assert status == mistake.status, told.err
+    assert len(lines) == 1, told.err
+    assert lines[0].startswith("lit-distill: error: ")
+    assert [part for part in mistake.says if part not in lines[0]] == [], lines[0]
+    assert "Traceback" not in told.err + told.out
+    assert {path: path.read_bytes() for path in before} == before
