@@ -5,6 +5,7 @@ process, since starting a new one costs seconds.
 """
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -20,6 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lit_distill.cli import main
+from lit_distill.core.errors import RunError, UsageError
+from lit_distill.core.loading import EpochPermutation, TensorLoader
+from lit_distill.experiment.messages import explain
 
 JOB = """\
 trainer:
@@ -152,21 +156,21 @@ def _other_weights(monkeypatch):
 
 
 def _one_class(monkeypatch):
+    Path("folder.yaml").write_text(FOLDER)
     for number in range(4):
         Path("images/train/cat").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(f"images/train/cat/{number}.png")
 
 
 def _no_images(monkeypatch):
+    Path("folder.yaml").write_text(FOLDER)
     for name in ("cat", "dog"):
         Path("images/train", name).mkdir(parents=True)
 
 
 def _labels_out_of_range(monkeypatch):
     """An archive of two images with the labels 3 and 10."""
-    from io import BytesIO
-
-    strip = BytesIO()
+    strip = io.BytesIO()
     Image.new("RGB", (32, 64)).save(strip, "webp", lossless=True)
     webp = np.frombuffer(strip.getvalue(), np.uint8)
     part = {"webp": webp, "offsets": np.array([0, len(webp)]), "labels": np.array([3, 10])}
@@ -179,16 +183,15 @@ def _stale_cache(monkeypatch):
     save_file({"logits": torch.zeros(100, 10)}, "cache.st", metadata={"fingerprint": json.dumps({"teacher": "other"})})
 
 
-def _full_disk(monkeypatch):
-    """The disk fills up when the second checkpoint is flushed."""
-    flush, seen = os.fsync, []
+def _full_disk(monkeypatch, checkpoints: int = 0):
+    """The disk fills up after so many checkpoints, when the next one is flushed."""
+    flush, left = os.fsync, [None] * checkpoints
 
     def fsync(handle):
-        name = os.readlink(f"/proc/self/fd/{handle}")
-        if "last.ckpt" in name:
-            seen.append(name)
-            if len(seen) > 1:
+        if "last.ckpt" in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            if not left:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left.pop()
         flush(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -223,7 +226,7 @@ MISTAKES = [
     Mistake("no-configuration", "fit", 2, ("model", "data", "-c FILE")),
     Mistake("no-dashes", "fit job.yaml", 2, ("'job.yaml'", "two dashes")),
     Mistake("top-level-key", f"{FIT} --trainr.max_epochs 1", 2, ("trainr.max_epochs", "mean trainer.max_epochs?")),
-    Mistake("key-of-trainer", f"{FIT} --trainer.max_epoch 1", 2, ("trainer.max_epoch ", "mean trainer.max_epochs?")),
+    Mistake("key-of-trainer", f"{FIT} --trainer.maxepochs 1", 2, ("trainer.maxepochs ", "mean trainer.max_epochs?")),
     Mistake("key-of-run", f"{FIT} --run.nme x", 2, ("run.nme", "mean run.name?")),
     Mistake("key-of-model", f"{FIT} --model.studnt x", 2, ("model.studnt", "Supervised", "mean model.student?")),
     Mistake("key-far-off", f"{FIT} --model.zzz 1", 2, ("model.zzz", "Supervised takes student, teacher,")),
@@ -232,6 +235,13 @@ MISTAKES = [
     Mistake("type-of-rate", f"{FIT} --model.optimizer.lr fast", 2, ("model.optimizer.lr: 'fast'", "a number")),
     Mistake("type-of-epochs", f"{FIT} --trainer.max_epochs many", 2, ("max_epochs: 'many'", "whole number or null")),
     Mistake("type-of-batch", f"{FIT} --data.batch_size 1.5", 2, ("data.batch_size: '1.5'", "give a whole number")),
+    Mistake(
+        "type-in-a-list",
+        "fit -c kd.yaml --model lit_distill.image.Combined --model.terms "
+        """'[{loss: {class_path: lit_distill.image.LogitKL}, weight: heavy}]'""",
+        2,
+        ("model.terms.weight: 'heavy'", "a number", "class path"),
+    ),
     Mistake("type-of-list", f"{FIT} --model.student.hidden 8", 2, ("model.student.hidden: '8'", "give a list")),
     Mistake("precision", f"{FIT} --trainer.precision bf61", 2, ("trainer.precision: 'bf61'", "bf16", "16-mixed")),
     Mistake("strategy", f"{FIT} --trainer.strategy fsdp3", 2, ("trainer.strategy: 'fsdp3'", "fsdp2")),
@@ -239,6 +249,26 @@ MISTAKES = [
     Mistake("no-gpu", f"{FIT} --trainer.accelerator gpu", 2, ("trainer.accelerator", "no gpu", "cpu")),
     Mistake("no-devices", f"{FIT} --trainer.devices 0", 2, ("trainer.devices: 0", "1 or more")),
     Mistake("no-threads", f"{FIT} --run.threads 0", 2, ("--run.threads is 0", "at least 1")),
+    Mistake("no-nodes", f"{FIT} --trainer.num_nodes 0", 2, ("trainer.num_nodes: 0", "1 or more")),
+    Mistake("negative-devices", f"{FIT} --trainer.devices -2", 2, ("trainer.devices", "1 or more")),
+    Mistake("negative-seed", f"{FIT} --seed_everything -1", 2, ("seed_everything: -1", "from 0")),
+    Mistake("checkpoint-steps", f"{FIT} --run.checkpoint_steps 0", 2, ("--run.checkpoint_steps is 0", "at least 1")),
+    Mistake("run-name", f"{FIT} --run.name a/b", 2, ("--run.name is 'a/b'", "--run.experiment")),
+    Mistake("no-value", f"{FIT} --run.name", 2, ("--run.name", "expected one argument")),
+    Mistake(
+        "key-inside-a-list",
+        "fit -c kd.yaml --model lit_distill.image.Combined --model.terms "
+        """'[{loss: {class_path: lit_distill.image.LogitKL, init_args: {temperatur: 1.0}}, weight: 1.0}]'""",
+        2,
+        ("LogitKL", "mean model.terms.loss.temperature?"),
+    ),
+    Mistake(
+        "argument-missing",
+        f"{FIT} --model.lr_scheduler torch.optim.lr_scheduler.StepLR",
+        2,
+        ("model.lr_scheduler.init_args.step_size missing", "StepLR"),
+    ),
+    Mistake("brace-missing", f"{FIT} '--data.train_size=${{data'", 2, ("data.init_args.train_size", "'${data'")),
     Mistake(
         "interpolation",
         f"{FIT} '--data.train_size=${{data.init_args.nope}}'",
@@ -248,8 +278,8 @@ MISTAKES = [
     # Class paths and module names.
     Mistake("module", f"{FIT} --model lit_distill.imag.KD", 2, ("model: lit_distill.imag.KD", "lit_distill.image.KD?")),
     Mistake("package", f"{FIT} --model lit_distil.KD", 2, ("model: lit_distil.KD", "no package 'lit_distil'")),
-    Mistake("method", f"{FIT} --model lit_distill.image.Supervized", 2, ("Supervized", "mean lit_distill.image.Superv")),
-    Mistake("network", f"{FIT} --model.student lit_distill.image.models.MPL", 2, ("model.student", "MPL", "models.MLP?")),
+    Mistake("method", f"{FIT} --model lit_distill.image.Supervized", 2, ("model", "lit_distill.image.Supervised?")),
+    Mistake("network", f"{FIT} --model.student lit_distill.image.models.MPL", 2, ("model.student: ", "models.MLP?")),
     Mistake("optimizer", f"{FIT} --model.optimizer torch.optim.Adm", 2, ("model.optimizer", "torch.optim.Adam?")),
     Mistake("data-as-model", f"{FIT} --model lit_distill.image.DigitsDataModule", 2, ("model", "no LightningModule")),
     Mistake("tap", "fit -c fitnets.yaml --model.student_tap layer7", 2, ("'layer7'", "MLP", "layer1")),
@@ -298,6 +328,12 @@ MISTAKES = [
         (f"runs/demo/teacher/{LAST}", "truncated", "delete"),
         _killed,
     ),
+    Mistake(
+        "checkpoint-of-another-kind",
+        f"test -c runs/demo/teacher/config.yaml --ckpt_path {WEIGHTS}",
+        2,
+        ("--ckpt_path", "not a checkpoint", "lit_distill.core.pretrained"),
+    ),
     # Networks and data that do not fit.
     Mistake("teacher-missing", "fit -c kd.yaml --model.teacher null", 2, ("model.init_args.teacher", "KD")),
     Mistake("student-classes", f"{FIT} --model.student.num_classes 9", 2, ("model.student has 9", "num_classes to 10")),
@@ -310,6 +346,8 @@ MISTAKES = [
     ),
     Mistake("input-size", f"{FIT} --model.student.in_features 63", 2, ("MLP", "(1, 8, 8)", "63")),
     Mistake("data-missing", f"{FIT} -c a.yaml", 2, ("data.root", "images", "train/"), _write("a.yaml", FOLDER)),
+    Mistake("data-one-class", f"{FIT} -c folder.yaml", 2, ("images/train", "1 class", "two"), _one_class),
+    Mistake("data-empty", f"{FIT} -c folder.yaml", 2, ("data.root", "images/train", "add images"), _no_images),
     Mistake("batch-zero", f"{FIT} --data.batch_size 0", 2, ("data.batch_size: 0", "1 or more")),
     Mistake("batch-negative", f"{FIT} --data.batch_size -3", 2, ("data.batch_size: -3", "1 or more")),
     Mistake("batch-too-large", f"{FIT} --data.batch_size 101", 2, ("data.batch_size: 101", "100", "lower")),
@@ -392,26 +430,17 @@ MISTAKES = [
     Mistake("export-into-files", "export runs/demo/teacher --to runs", 2, ("--to: runs", "not empty", "new folder")),
     Mistake("export-format", "export runs/demo/teacher --to new --format tflite", 2, ("'tflite'", "safetensors")),
     Mistake("methods-option", "methods --jsn", 2, ("--jsn", "--help")),
+    Mistake("export-below-a-file", "export runs/demo/teacher --to job.yaml/new", 1, ("job.yaml/new", "choose another")),
+    Mistake("compare-below-a-file", "compare runs --html job.yaml/a.html", 1, ("job.yaml/a.html", "choose another")),
+    Mistake("run-below-a-file", "run recipe.yaml --root job.yaml", 2, ("job.yaml/chain", "Not a directory", "path")),
     # What the machine may do to a run.
-    Mistake(
-        "disk-full",
-        f"{FIT} --trainer.max_epochs 3 --run.name new",
-        1,
-        ("runs/default/new/checkpoints/last.ckpt", "No space left", "free space"),
-        _full_disk,
-    ),
+    Mistake("disk-full", FIT, 1, ("last.ckpt", "No space left", "free space"), _full_disk),
     Mistake("disk-full-in-torch", FIT, 1, ("last.ckpt", "free space"), _full_disk_in_torch),
-    Mistake("data-one-class", f"{FIT} -c a.yaml", 2, ("images/train", "1 class", "two"), None),
-    Mistake("data-empty", f"{FIT} -c a.yaml", 2, ("data.root", "images/train", "add images"), None),
 ]
-FOLDERS = {"data-one-class": _one_class, "data-empty": _no_images}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.name for mistake in MISTAKES])
 def test_mistake_gives_one_line_with_key_value_and_remedy_and_loses_nothing(mistake, workplace, monkeypatch, capsys):
-    if mistake.name in FOLDERS:
-        _write("a.yaml", FOLDER)(monkeypatch)
-        FOLDERS[mistake.name](monkeypatch)
     if mistake.prepare is not None:
         mistake.prepare(monkeypatch)
     before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
@@ -426,3 +455,49 @@ def test_mistake_gives_one_line_with_key_value_and_remedy_and_loses_nothing(mist
     assert [part for part in mistake.says if part not in lines[0]] == [], lines[0]
     assert "Traceback" not in told.err + told.out
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_full_disk_keeps_the_earlier_checkpoint_and_the_same_command_goes_on_from_it(workplace, capsys):
+    words = shlex.split(f"{FIT} --trainer.max_epochs 3 --run.name new")
+    with pytest.MonkeyPatch.context() as patch:
+        _full_disk(patch, checkpoints=1)
+        assert main(words) == 1
+
+    folder = Path("runs/default/new")
+    assert torch.load(folder / LAST, weights_only=True)["epoch"] == 0
+    assert list(folder.rglob("*.partial")) == []
+    assert main(words) == 0
+    assert "resuming" in capsys.readouterr().err
+    assert torch.load(folder / LAST, weights_only=True)["epoch"] == 2
+
+
+def test_batch_that_processes_cannot_share_names_the_number_to_divide_by():
+    with pytest.raises(UsageError, match=r"data\.batch_size: 50 .* 4 processes.*multiple of 4"):
+        TensorLoader({"images": torch.zeros(100, 2)}, EpochPermutation(100), batch_size=50, world_size=4)
+
+
+def test_every_kind_of_mistake_is_there_and_names_are_unique():
+    names = [mistake.name for mistake in MISTAKES]
+    assert len(set(names)) == len(names) >= 40
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.ckpt"), 1, "no space left on the disk (a.ckpt)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "/data: Permission denied"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 1, "lower data.batch_size"),
+        (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_errors_of_the_machine_become_one_line(error, status, says):
+    line, code = explain(error)
+    assert code == status
+    assert says in line
+    assert "\n" not in line
+
+
+def test_our_error_is_found_inside_the_one_that_a_library_wrapped_around_it():
+    outer = ValueError("Problem with given class_path")
+    outer.__cause__ = RunError("weights: a.safetensors is truncated")
+    assert explain(outer) == ("weights: a.safetensors is truncated", 1)

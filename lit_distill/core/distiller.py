@@ -189,15 +189,17 @@ class Distiller(LightningModule):
                 scheduler.step()  # type: ignore[call-arg]  # plateau schedules want a metric: automatic optimization only
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counter, leaves the frozen networks out."""
+        """Adds the counter and the open logging interval, leaves the frozen networks out."""
         # Callbacks that save at the end of a batch do so before this module has counted it.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         checkpoint["iteration"] = self.iteration + progress.processed - progress.completed
+        checkpoint["window"] = self._window
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not self._is_frozen(k)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the counter back, and lets the frozen networks stand for what the checkpoint left out."""
+        """Takes counter and open logging interval back, and lets the frozen networks stand for what was left out."""
         self.iteration = checkpoint["iteration"]
+        self._window = checkpoint.get("window", {})
         if "state_dict" in checkpoint:
             own = self.state_dict()
             checkpoint["state_dict"].update({key: value for key, value in own.items() if self._is_frozen(key)})
@@ -213,7 +215,9 @@ class Distiller(LightningModule):
         if not self._window:
             return
         # By name, since a term comes and goes where its weight is a schedule that reaches zero.
-        means = torch.stack([torch.stack(values).mean() for values in self._window.values()])
+        means = torch.stack(
+            [torch.stack([v.to(self.device) for v in values]).mean() for values in self._window.values()]
+        )
         means = self.trainer.strategy.reduce(means, reduce_op="mean")
         values = dict(zip(self._window, means.tolist(), strict=True))
         self._window.clear()

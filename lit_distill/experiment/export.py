@@ -36,7 +36,7 @@ def network_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     return dict(spec)
 
 
-def export(run: str, to: str, format: Literal["safetensors", "onnx"] = "safetensors") -> int:  # noqa: A002 (the flag's name)
+def export(run: str, to: str, format: Literal["safetensors", "onnx"] = "safetensors") -> int:
     """Writes the student of a finished run into a folder of its own.
 
     Args:

@@ -14,7 +14,7 @@ import jsonargparse
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,7 +27,8 @@ from lit_distill.core.files import write_text
 from lit_distill.core.strategies import full_state
 from lit_distill.experiment.confighash import config_hash, first_difference
 from lit_distill.experiment.export import save_student
-from lit_distill.experiment.logger import METRICS_FILE, RunLogger, SaveRows
+from lit_distill.experiment.logger import METRICS_FILE, RunLogger
+from lit_distill.experiment.resume_point import ResumePoint
 from lit_distill.experiment.summary import SUMMARY_FILE, write_summary
 
 CONFIG_FILE = "config.yaml"
@@ -52,7 +53,7 @@ class RunOptions:
         test: Whether fit ends with a test on the test split.
         overwrite: Whether another run's folder of the same name may be replaced.
         threads: Number of CPU threads; torch's own choice if left out.
-        checkpoint_steps: Batches between resume points, for long epochs; the end of each epoch if left out.
+        checkpoint_steps: Batches between resume points, for long epochs; the end of each epoch is one in any case.
         key: Set by recipes, to know their runs again.
     """
 
@@ -109,15 +110,23 @@ class DistillCLI(LightningCLI):
             _check_yaml(args)  # the parser does not say in which file the YAML is broken
             raise
 
+    def _parse_ckpt_path(self) -> None:
+        """Does not read the checkpoint for hyperparameters: the configuration has them, and the file may be large."""
+
     # ---- before the run --------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         """Finds the run folder, refuses what would lose something, and sets what follows from the folder."""
         config = self.config[self.subcommand]
         run = config.run
+        for key in ("threads", "checkpoint_steps"):
+            if run[key] is not None and run[key] < 1:
+                raise UsageError(f"--run.{key} is {run[key]}; give at least 1")
+        if run.name is not None and Path(run.name).name != run.name:
+            raise UsageError(
+                f"--run.name is '{run.name}'; give the name of one folder (--run.experiment is that above)"
+            )
         if run.threads is not None:
-            if run.threads < 1:
-                raise UsageError(f"--run.threads is {run.threads}; give at least 1")
             torch.set_num_threads(run.threads)
         text = self._parser(self.subcommand).dump(config, skip_none=False)
         self.config_sha = config_hash(text)
@@ -151,7 +160,7 @@ class DistillCLI(LightningCLI):
             _say(f"resuming {folder} from its last checkpoint")
 
     def _meet_earlier_run(self, text: str, *, overwrite: bool) -> bool:
-        """Says whether to go on with the run that the folder holds; raises if it may be neither resumed nor replaced."""
+        """Says whether to go on with the run in the folder; raises if it may be neither resumed nor replaced."""
         folder = self.folder
         earlier = (folder / CONFIG_FILE).read_text(encoding="utf-8")
         if config_hash(earlier) != self.config_sha:
@@ -178,24 +187,15 @@ class DistillCLI(LightningCLI):
         fitting = self.subcommand == "fit"
         config["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
         config["logger"] = self._loggers(config.get("logger")) if fitting else config.get("logger") or False
-        if fitting and not _is_sharding(config.get("strategy")):
+        if not _is_sharding(config.get("strategy")):
             config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         self.efficiency = Efficiency()
         callbacks: list[Callback] = []
         if fitting and config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             steps = self.config[self.subcommand].run.checkpoint_steps
-            callbacks.append(
-                ModelCheckpoint(
-                    dirpath=self.folder / LAST_CHECKPOINT.parent,
-                    filename=LAST_CHECKPOINT.stem,
-                    enable_version_counter=False,
-                    every_n_train_steps=steps,
-                    every_n_epochs=None if steps else 1,
-                    save_on_train_epoch_end=None if steps else True,
-                )
-            )
+            callbacks.append(ResumePoint(self.folder / LAST_CHECKPOINT, steps))
         if fitting:
-            callbacks += [TeacherCheck(), self.efficiency, SaveRows()]
+            callbacks += [TeacherCheck(), self.efficiency]
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
     def _loggers(self, logger: Any) -> Any:
@@ -270,8 +270,8 @@ def run_lightning(words: list[str]) -> int:
 def _clear(folder: Path) -> None:
     """Removes the results of an earlier run, caches of its student's outputs included.
 
-    The summary goes first and config.yaml stays until a new one replaces it: at no moment are there checkpoints beside a
-    configuration that they are not of.
+    The summary goes first and config.yaml stays until a new one replaces it: at no moment are there checkpoints
+    beside a configuration that they are not of.
     """
     for path in (folder / SUMMARY_FILE, folder / METRICS_FILE, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)

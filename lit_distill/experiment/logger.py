@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -93,13 +92,3 @@ class RunLogger(CSVLogger):
                         step = int(row.pop("step"))
                         self._rows[step] = {key: value for key, value in row.items() if value not in ("", None)}
         return self._rows
-
-
-class SaveRows(Callback):
-    """Puts the metrics on the disk before each checkpoint: the resumed run starts behind them and logs none of them again."""
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writes the rows up to here."""
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.save()

@@ -33,6 +33,26 @@ _TRANSLATIONS = (
         "trainer.devices: {0} is no number of devices for accelerator {1}; give 1 or more, or auto",
     ),
     (
+        r"`devices` selected with `(\w+)Accelerator` should be an int > 0",
+        "trainer.devices: it is no number of devices for accelerator {0}; give 1 or more, or auto",
+    ),
+    (
+        r"`num_nodes` must be a positive integer, but got (-?\d+)",
+        "trainer.num_nodes: {0} is no number of machines; give 1 or more",
+    ),
+    (
+        r"(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)",
+        "seed_everything: {0} is no seed; give a whole number from 0 to {1}",
+    ),
+    (
+        r"^'pytorch-lightning_version'$",
+        "--ckpt_path: the file is not a checkpoint of a run; name a .ckpt (lit_distill.core.pretrained reads weights)",
+    ),
+    (
+        r"no viable alternative at input '(.*)'[\s\S]*full_key: (?:\w+\.)?(\S+)",
+        "{1}: '{0}' is no interpolation; write it like ${{data.init_args.batch_size}}",
+    ),
+    (
         r"Interpolation key '\.*([^']*)' not found[\s\S]*full_key: (?:\w+\.)?(\S+)",
         "{1}: ${{{0}}} names no key of the configuration; write it in full, such as ${{data.init_args.batch_size}}",
     ),
@@ -88,20 +108,18 @@ def _parsing(text: str) -> str:
     if match := re.search(r"does not accept option '([^']+)'", text):
         return _unknown_option(match[1])
     if match := re.search(r"Option '([^']+)' is not accepted", text):
-        inner = re.match(r"\. Got value: Namespace\(class_path='([^']+)'", text[match.end() :])
-        owner = inner[1] if inner else _last(r"given class_path '([^']+)'", text[: match.start()])
-        return _unknown_key(key, match[1], owner)
+        return _unknown_key(key, match[1], _owner(text, match))
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'|No module named '([\w.]+)'", text):
         missing = match[3] or f"{match[1]}.{match[2]}"
         return _unknown_class(key, (re.search(rf"{re.escape(missing)}[\w.]*", text) or match)[0])
-    if match := re.search(r"arguments are required: (.*?)(?:\. Got value|$)", text, re.M):
-        return _missing(key, match[1], _last(r"given class_path '([^']+)'", text[: match.start()]))
+    if match := re.search(r"arguments are required: ([\w.]+(?:, [\w.]+)*)", text):
+        return _missing(key, match[1].removesuffix("."), _owner(text, match))
     if match := re.search(r"(?:does not correspond to|Not a valid) (?:a )?subclass of (\w+)", text):
         return f"{key}: {_value(text)} is no {match[1]}; give `class_path:` with the dotted path of one"
     if match := re.search(r"(?:File does not exist|Path is not a file): '([^']+)'", text):
         return f"--{key}: {match[1]} is no file; paths start at the working directory"
     informative = [line.strip().removeprefix("- ") for line in text.splitlines() if _informs(line)]
-    if key and "Expected a" in text:
+    if key and "Expected " in text:
         return _wrong_type(key, text)
     return informative[0] if informative else text
 
@@ -116,6 +134,16 @@ def _keys(text: str) -> Iterator[str]:
                 return  # the next alternative of a union, which says the same again
             depth = indent
             yield match[1]
+
+
+def _owner(text: str, fault: re.Match[str]) -> str:
+    """The class in whose arguments the fault is: callable ones are named after it, others before."""
+    line = text[: fault.start()].rpartition("\n")[2]
+    if "expects a function" in line:
+        after = re.search(r"(?:Got value|Given value): Namespace\(class_path='([^']+)'", text[fault.end() :])
+        return after[1] if after else ""
+    before = re.findall(r"given class_path '([^']+)'", text[: fault.start()])
+    return before[-1] if before else ""
 
 
 def _unknown_option(key: str) -> str:
@@ -134,7 +162,7 @@ def _unknown_key(where: str, name: str, owner: str) -> str:
     known = _parameters(owner)
     near = difflib.get_close_matches(name.partition(".")[0], known, n=1)
     short = owner.rpartition(".")[2]
-    remedy = f"did you mean {where}.{near[0]}?" if near else f"{short} takes {_listed(known)}"
+    remedy = f"did you mean {where}.{near[0]}?" if near else f"{short} takes {_listed(known) or 'none'}"
     return f"{where}.{name} is not a key of {short}; {remedy}"
 
 
@@ -158,7 +186,7 @@ def _missing(key: str, names: str, owner: str) -> str:
         keys = [name.rpartition(".")[2] for name in names.split(", ")]
         return f"{' and '.join(keys)} missing; give a configuration with -c FILE (`lit-distill methods` lists some)"
     missing = ", ".join(f"{key}.init_args.{name}" for name in names.split(", "))
-    return f"{missing} missing; {owner.rpartition('.')[2]} needs it"
+    return f"{missing} missing; {owner.rpartition('.')[2]} cannot be built without"
 
 
 def _wrong_type(key: str, text: str) -> str:
@@ -166,12 +194,12 @@ def _wrong_type(key: str, text: str) -> str:
     # What the innermost key expects; the unions around it add their own alternatives after it.
     inner = re.split(r"Got value|Given value", text, maxsplit=1)[0]
     inner = inner[inner.rfind("Parser key") :]
-    choices = re.findall(r"'([^']*)'", " ".join(re.findall(r"Expected a typing\.Literal\[(.*)\]", inner)))
+    choices = re.findall(r"'([^']*)'", " ".join(re.findall(r"Expected (?:a )?typing\.Literal\[(.*)\]", inner)))
     if choices:
         near = difflib.get_close_matches(value.strip("'"), choices, n=1, cutoff=0.5)
         meant = f"did you mean {near[0]}? There are" if near else "give one of"
         return f"{key}: {value} is not accepted; {meant} {_listed(choices)}"
-    kinds = [_kind(kind) for kind in re.findall(r"Expected a (?:<class ')?([^<>'\n:]+)", inner)]
+    kinds = [_kind(kind) for kind in re.findall(r"Expected (?:a )?(?:<class ')?([^<>'\n:]+)", inner)]
     kinds = [kind for kind in dict.fromkeys(kinds) if kind]
     return f"{key}: {value} does not fit; give {' or '.join(kinds) or 'another value'}"
 
@@ -196,14 +224,14 @@ def _value(text: str) -> str:
     """The value that was refused: the innermost, which comes first; quoted, so that its end is seen."""
     match = re.search(r"(?:Got value|Given value): (.*?)(?:\. Got value|$)", text, re.M)
     value = match[1] if match else "the value"
-    if nested := re.search(r"NestedArg\(key='[^']*', val='?(.*?)'?\)$", value):
-        value = nested[1]
+    if nested := re.search(r"NestedArg\(key='[^']*', val='?(.*?)'?\)$|^Namespace\(class_path='([^']*)'", value):
+        value = nested[1] or nested[2]
     return f"'{value}'" if len(value) <= _LONGEST_VALUE else f"'{value[:_LONGEST_VALUE]}...'"
 
 
 def _informs(line: str) -> bool:
-    empty = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with", "- Expected a")
-    return bool(line.strip()) and not line.strip().removeprefix("- ").startswith(tuple(e.lstrip("- ") for e in empty))
+    empty = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with", "Expected ")
+    return bool(line.strip()) and not line.strip().removeprefix("- ").startswith(empty)
 
 
 # ---- helpers -------------------------------------------------------------------------------------------------------
@@ -211,10 +239,10 @@ def _informs(line: str) -> bool:
 
 def _parameters(path: str) -> list[str]:
     """The names that a class or function takes, those it passes on to its bases included."""
-    target = pydoc.locate(path) if path else None
-    makers = [base.__init__ for base in target.__mro__] if isinstance(target, type) else [target] if target else []
+    target: Any = pydoc.locate(path) if path else None
+    makers = [vars(base).get("__init__") for base in target.__mro__] if isinstance(target, type) else [target]
     names: dict[str, None] = {}
-    for maker in makers:
+    for maker in filter(None, makers):
         try:
             parameters = inspect.signature(maker).parameters.values()
         except (TypeError, ValueError):  # written in C
@@ -233,11 +261,6 @@ def _public(module: Any) -> list[str]:
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
-
-
-def _last(pattern: str, text: str) -> str:
-    found = re.findall(pattern, text)
-    return str(found[-1]) if found else ""
 
 
 def _one_line(text: str) -> str:

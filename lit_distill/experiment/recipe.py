@@ -253,6 +253,8 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
                 process = context.Process(target=_child, args=(words, str(log), gpu), name=job.name)
                 process.start()
                 running[process] = (job, gpu, time.monotonic())
+            if not running:
+                continue  # what was left waiting needs what has just failed
             for sentinel in wait([process.sentinel for process in running]):
                 process = next(process for process in running if process.sentinel == sentinel)
                 job, gpu, start = running.pop(process)

@@ -55,7 +55,7 @@ def fit(tmp_path_factory):
 
     def run(name, *options):
         command = [sys.executable, "-m", "lit_distill", "fit", "-c", "small.yaml", "--run.name", name, *options]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         with (folder / "runs" / "default" / name / "metrics.csv").open() as file:
             return {int(row["step"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}

@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lit_distill.experiment.export
-import lit_distill.experiment.launch
 from lit_distill.cli import main
-from lit_distill.core import checkpoint_io, files
 from lit_distill.image.distillation import ImageDistiller
 
 KILLED = -signal.SIGKILL
@@ -41,7 +38,7 @@ class DropoutNet(nn.Module):
 
 
 class Adversarial(ImageDistiller):
-    """A student against a critic of its logits: two optimizers with schedules, of which one steps every second batch."""
+    """A student against a critic of its logits: two optimizers with schedules; one steps every second batch."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, **kwargs):
         super().__init__(student, teacher, **kwargs)
@@ -136,7 +133,7 @@ def _child(words, log, arm):
     with Path(log).open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     if arm is not None:
         arm()
@@ -155,6 +152,3 @@ def result(folder):
         "rows": [{k: v for k, v in row.items() if not k.startswith("efficiency/")} for row in rows],
         "partial files": [str(path.relative_to(folder)) for path in folder.rglob("*.partial")],
     }
-
-
-EVENTS = (checkpoint_io, files, lit_distill.experiment.launch, lit_distill.experiment.export)

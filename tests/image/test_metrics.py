@@ -81,3 +81,9 @@ def test_metrics_start_anew_after_a_reset(answers):
     metrics.update(torch.tensor([[5.0, 0, 0, 0, 0]]), torch.tensor([0]))
     assert float(metrics.compute()["test/acc"]) == 1.0
     assert sum(reliability(metrics)["count"]) == 1
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_bin_above():
+    # Three classes equally likely: confidence 1/3 = 5/15, the lower edge of bin 5.
+    # (Not zeros: torchmetrics takes logits that all lie between 0 and 1 for probabilities.)
+    assert reliability(updated(torch.full((4, 3), 2.0), torch.tensor([0, 1, 2, 0])))["count"][5] == 4.0
