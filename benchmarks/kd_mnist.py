@@ -1,4 +1,4 @@
-"""KD of configs/image/kd_small.yaml, whose step takes a millisecond or two: what the frame around a step costs.
+"""KD of configs/image/kd_small.yaml, whose steps are short: what the frame around a step costs.
 
     python benchmarks/kd_mnist.py
 

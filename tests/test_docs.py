@@ -99,3 +99,13 @@ def test_commands_parse(path, command, parse_only, tmp_path, monkeypatch, capsys
         if word == "METHOD.yaml" or (word.startswith("runs/") and word.endswith("/config.yaml")):
             words[position] = ANY_METHOD
     assert main(words) == 0, capsys.readouterr().err
+
+
+def test_the_recipe_that_is_shown_is_one(tmp_path, monkeypatch):
+    from lit_distill.experiment.recipe import read_recipe
+
+    monkeypatch.chdir(ROOT)
+    shown = [body for _, body in FENCE.findall((ROOT / "docs/recipes.md").read_text()) if "\nstages:\n" in body]
+    (tmp_path / "shown.yaml").write_text(shown[0])
+    recipe = read_recipe(str(tmp_path / "shown.yaml"))
+    assert [(stage.name, len(stage.seeds)) for stage in recipe.stages] == [("teacher", 1), ("baseline", 5), ("kd", 5)]

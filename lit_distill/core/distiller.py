@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -60,7 +60,7 @@ class Distiller(LightningModule):
         *,
         optimizer: OptimizerCallable = sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
-        scheduler_interval: str = "epoch",
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
         self.student = student
@@ -166,7 +166,8 @@ class Distiller(LightningModule):
             self._window.setdefault(name, []).append(value.detach().float())
         if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it late
             self._log_window()
-        return torch.stack([value.float() for value in terms.values()]).sum()
+        first, *rest = (value.float() for value in terms.values())
+        return sum(rest, start=first)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Ties the step's randomness to (seed, iteration, rank)."""

@@ -38,7 +38,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     except OSError as error:
         raise RunError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another folder with --run.root"
+            f"cannot write {target}: {error.strerror or error}; "
+            "free space, or choose another folder (of runs: --run.root)"
         ) from error
     finally:
         if temporary is not None:

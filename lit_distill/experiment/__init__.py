@@ -1,0 +1,1 @@
+"""Runs on disk, recipes, comparison, dashboard, export. Knows no domain."""

@@ -27,8 +27,8 @@ _SAMPLE_BYTES = 1 << 20
 def config_hash(text: str) -> str:
     """Hashes a resolved configuration, to 16 hex digits.
 
-    A value that names weights on disk (a run folder, a weights file) stands for their content: a retrained teacher under
-    the same path makes another run.
+    A value that names weights on disk (a run folder, a weights file) stands for their content: a retrained teacher
+    under the same path makes another run.
 
     Args:
         text: YAML of the configuration.

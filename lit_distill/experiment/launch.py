@@ -1,6 +1,7 @@
 """LightningCLI with a run folder: one configuration in, one folder with everything about the run out."""
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -18,12 +19,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 
 from lit_distill.core.callbacks import Efficiency, TeacherCheck
 from lit_distill.core.checkpoint_io import AtomicCheckpointIO
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
-from lit_distill.core.files import write_text
+from lit_distill.core.files import atomic_path, write_text
 from lit_distill.core.strategies import full_state
 from lit_distill.experiment.confighash import config_hash, first_difference
 from lit_distill.experiment.export import save_student
@@ -80,6 +82,9 @@ class DistillCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         _quieten()
+        if not torch.cuda.is_available():
+            # Lightning's import sets it; with it each step of an optimizer searches the disk for a GPU's library.
+            os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         options = {"parser_mode": "omegaconf+", "exit_on_error": False}
         self._started = time.time()
@@ -139,6 +144,8 @@ class DistillCLI(LightningCLI):
         elif config.ckpt_path is None and (self.folder / LAST_CHECKPOINT).is_file():
             config.ckpt_path = str(self.folder / LAST_CHECKPOINT)
             _say(f"using {config.ckpt_path}")
+        elif config.ckpt_path is None:
+            _say(f"no checkpoint in {self.folder} and no --ckpt_path: the networks are taken as configured")
         self._check_checkpoint(config)
 
     def _open_folder(self, config: Any, text: str) -> None:
@@ -243,19 +250,14 @@ class DistillCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Predicts and keeps the outputs in `predictions.safetensors` of the run folder."""
-        from safetensors.torch import save_file
-
-        from lit_distill.core.files import atomic_path
-
         outputs = self.trainer.predict(**kwargs)
         rows = [row for row in outputs or [] if isinstance(row, dict)]
         if rows and self.trainer.is_global_zero:
             tensors = {key: torch.cat([row[key].cpu() for row in rows]).contiguous() for key in rows[0]}
-            with atomic_path(self.folder / "predictions.safetensors") as path:
+            file = self.folder / "predictions.safetensors"
+            with atomic_path(file) as path:
                 save_file(tensors, path)
-            _say(
-                f"predictions of {len(next(iter(tensors.values())))} samples in {self.folder / 'predictions.safetensors'}"
-            )
+            _say(f"predictions of {len(next(iter(tensors.values())))} samples in {file}")
 
 
 def run_lightning(words: list[str]) -> int:
@@ -311,13 +313,14 @@ def _quieten() -> None:
         r".*does not have many workers",  # in-memory data needs none
         r".*smaller than the logging interval",  # the end of an epoch logs too
         r".*Checkpoint directory .* exists and is not empty",  # a resumed run
+        r"Be aware that when using `ckpt_path`, callbacks used to create",  # resume points are for fit alone
         r".*`?`?dump`?`? was deprecated",  # jsonargparse's newer name is newer than our lower bound
         r".*`?`?instantiate_classes`?`? was deprecated",  # the same, called by Lightning
     )
     for message in ignored:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not any(words in record.getMessage() for words in ("litlogger", "`weights_only` was not set"))
     )
 
 

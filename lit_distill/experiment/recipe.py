@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,7 +156,8 @@ def read_recipe(file: str) -> Recipe:
     """Reads and checks a recipe file.
 
     Raises:
-        UsageError: The file is missing or no YAML, a key is unknown or missing, a reference leads nowhere, or in a circle.
+        UsageError: The file is missing or no YAML, a key is unknown or missing, a reference leads nowhere or in a
+            circle.
     """
     path = _find(file, Path.cwd(), "recipe")
     try:
@@ -282,6 +285,7 @@ def _child(words: list[str], log: str, gpu: str | None) -> None:
     with Path(log).open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     # Lightning starts the other processes of a run (DDP, FSDP2) by the command line it finds here.
@@ -298,6 +302,14 @@ def _child(words: list[str], log: str, gpu: str | None) -> None:
         message, status = explain(error)
         print(f"lit-distill: error: {message}", file=sys.stderr, flush=True)
         sys.exit(status)
+
+
+def _end_with_parent() -> None:
+    """Ends this run when the recipe is killed, so that starting it again never meets a run still at work."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _gpus() -> list[str]:

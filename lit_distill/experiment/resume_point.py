@@ -29,8 +29,11 @@ class ResumePoint(Checkpoint):
         """Lets a run that was stopped early stay stopped."""
         if self._stopped:
             trainer.should_stop = True
-            progress = trainer.fit_loop.epoch_progress.current
-            progress.completed = progress.processed  # the epoch that was saved before it was counted
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the last epoch, which was saved before Lightning had."""
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        progress.completed = progress.processed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
