@@ -22,8 +22,14 @@ CONFIG = {
     "model": {
         "class_path": "lit_distill.image.KD",
         "init_args": {
-            "student": {"class_path": "lit_distill.image.models.ResNetCIFAR", "init_args": {"depth": 20, "num_classes": 10}},
-            "teacher": {"class_path": "lit_distill.image.models.ResNetCIFAR", "init_args": {"depth": 56, "num_classes": 10}},
+            "student": {
+                "class_path": "lit_distill.image.models.ResNetCIFAR",
+                "init_args": {"depth": 20, "num_classes": 10},
+            },
+            "teacher": {
+                "class_path": "lit_distill.image.models.ResNetCIFAR",
+                "init_args": {"depth": 56, "num_classes": 10},
+            },
         },
     },
     "data": {"class_path": "jobs.RandomImages", "init_args": {"batch_size": BATCH, "augment": True}},

@@ -25,7 +25,9 @@ from lit_distill.image.augment import ImageTransform
 ROUNDS = 60
 CONFIGS = Path(__file__).parents[1] / "configs" / "image"
 KD = yaml.safe_load((CONFIGS / "kd_small.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
-TEACHER = yaml.safe_load((CONFIGS / "supervised_small.yaml").read_text(encoding="utf-8"))["model"]["init_args"]["student"]
+TEACHER = yaml.safe_load((CONFIGS / "supervised_small.yaml").read_text(encoding="utf-8"))["model"]["init_args"][
+    "student"
+]
 CONFIG = {
     "model": {"class_path": "lit_distill.image.KD", "init_args": {**KD, "teacher": TEACHER, "lr_scheduler": None}},
     "data": {"class_path": "lit_distill.image.MNIST5kDataModule", "init_args": {"batch_size": 64}},

@@ -98,7 +98,9 @@ def compare(
                 cpu[name].append(_cpu_seconds() - start_cpu)
     width = max(map(len, runs)) + 2
     print(f"{rounds} rounds; ratios to '{baseline}' within a round")
-    print(f"{'':<{width}} {'ms / ' + unit:>12} {'ratio':>7} {'min':>7} {'max':>7} {'ratio of CPU time':>19} {'target':>8}")
+    print(
+        f"{'':<{width}} {'ms / ' + unit:>12} {'ratio':>7} {'min':>7} {'max':>7} {'ratio of CPU time':>19} {'target':>8}"
+    )
     for name in runs:
         ratios, cpu_ratios = _ratios(wall, name, baseline), _ratios(cpu, name, baseline)
         print(

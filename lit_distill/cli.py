@@ -46,9 +46,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words[0], words[1:])
     except KeyboardInterrupt:
-        print("lit-distill: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except SystemExit as stop:  # argparse after --help (0) or a wrong word (2)
+        return _interrupted()
+    except SystemExit as stop:  # argparse after --help (0) or a wrong word (2); Lightning after Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else 2
     except Exception as error:
         if debug:
@@ -109,6 +110,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; `{self.prog} --help` explains")
+
+
+def _interrupted() -> int:
+    print("lit-distill: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+    return 130
 
 
 def _report(error: Exception) -> int:

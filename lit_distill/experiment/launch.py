@@ -171,7 +171,8 @@ class DistillCLI(LightningCLI):
         folder = self.folder
         earlier = (folder / CONFIG_FILE).read_text(encoding="utf-8")
         if config_hash(earlier) != self.config_sha:
-            if not overwrite:
+            has_results = any((folder / name).exists() for name in (SUMMARY_FILE, METRICS_FILE, LAST_CHECKPOINT))
+            if has_results and not overwrite:
                 raise UsageError(
                     f"--run.name: {folder} holds a run with another configuration ({first_difference(earlier, text)}); "
                     "choose another --run.name, or --run.overwrite true"
@@ -262,6 +263,8 @@ class DistillCLI(LightningCLI):
 
 def run_lightning(words: list[str]) -> int:
     """Runs one of fit, validate, test, predict; the words are the command and its arguments."""
+    if str(Path.cwd()) not in sys.path:  # so that `class_path: mine.Net` finds mine.py beside the user
+        sys.path.insert(0, str(Path.cwd()))
     try:
         DistillCLI(words)
     except AlreadyFinishedError as finished:
