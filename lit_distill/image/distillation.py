@@ -178,13 +178,14 @@ class ImageDistiller(Distiller):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Labels plus weighted terms."""
+        # The teacher first: what it used is free again before the student's activations are kept for the backward pass.
+        teacher = self.run_teacher(batch) if self.weights else None
         logits, features = self._student_taps(batch.images)
         student = Outputs(logits, features)
         terms: dict[str, Tensor] = {}
         if label_weight := value_at(self.label_weight, self.iteration):
             terms["ce"] = label_weight * F.cross_entropy(logits.float(), batch.labels)
-        if self.weights:
-            teacher = self.run_teacher(batch)
+        if teacher is not None:
             for loss in self._losses():
                 value = loss(student, teacher, batch.labels, self.iteration)
                 terms[loss.name] = value_at(self.weights[loss.name], self.iteration) * value

@@ -1,0 +1,224 @@
+"""Image sets that fit into memory: uint8 tensors, split by class, batched and augmented whole."""
+
+import hashlib
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from lit_distill.core.errors import UsageError
+from lit_distill.core.loading import EpochLoader, TensorLoader, derived_seed, take_samples
+from lit_distill.image.augment import Augment, ImageTransform, Normalize
+from lit_distill.image.data.base import ImageBatch, ImageDataModule
+
+
+class LabelledImages(NamedTuple):
+    """A part of a data set.
+
+    Attributes:
+        images: (n, c, h, w) uint8.
+        labels: (n,) whole numbers from 0.
+    """
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"]
+
+
+class ImageSource(NamedTuple):
+    """A data set as it comes.
+
+    Attributes:
+        classes: Names of the classes.
+        pool: What training and validation are taken from; the test part too where there is none.
+        test: The test part, where the data set has one.
+    """
+
+    classes: tuple[str, ...]
+    pool: LabelledImages
+    test: LabelledImages | None = None
+
+
+class InMemoryImageDataModule(ImageDataModule):
+    """Base of the sets in memory: a subclass says what the data are (`read`), this class splits and serves them.
+
+    Validation samples, and test samples where the data set has no test part, are taken out of the pool with the same
+    share of every class. Tensors lie on the device that trains, where whole batches are selected, augmented and
+    normalized; so there is nothing for worker processes to do, and `num_workers` has no effect.
+
+    Args:
+        val_size: Samples to take out for validation; 0 for none.
+        mean: Mean per channel, of pixels / 255. None takes the data set's own.
+        std: Standard deviation per channel, likewise.
+        kwargs: See `ImageDataModule`.
+
+    Attributes:
+        statistics: The data set's own mean and standard deviation.
+        augmentation: What `augment` does to training images.
+        test_size: Samples to take out for testing, where the data set has no test part.
+    """
+
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    augmentation: Augment
+    test_size: int = 0
+
+    def __init__(
+        self,
+        val_size: int,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if val_size < 0:
+            raise UsageError(f"data.val_size: {val_size} is not a number of samples; give 0 or more")
+        self.val_size = val_size
+        own_mean, own_std = self.statistics
+        self.normalize = Normalize(tuple(mean or own_mean), tuple(std or own_std))
+        for key, values in {"mean": self.normalize.mean, "std": self.normalize.std}.items():
+            if len(values) not in (1, self.sample_shape[0]):
+                raise UsageError(f"data.{key}: {list(values)} has {len(values)} values; give {self.sample_shape[0]}")
+        if min(self.normalize.std) <= 0:
+            raise UsageError(f"data.std: {list(self.normalize.std)} must be positive")
+        self._parts: dict[str, LabelledImages] = {}
+
+    @abstractmethod
+    def read(self) -> ImageSource:
+        """Reads the data set."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and splits the data, once.
+
+        Raises:
+            UsageError: The data are not what the module expects, or too few for the sizes asked for.
+            RunError: A file is corrupt.
+        """
+        if self._parts:
+            return
+        source = self.read()
+        for name, part in (("training", source.pool), ("test", source.test)):
+            if part is not None:
+                _check(part, name, self.num_classes, self.sample_shape)
+        pool, test = source.pool, source.test
+        taken = self.val_size + (self.test_size if test is None else 0)
+        available = len(pool.labels) - taken
+        if available < 1:
+            raise UsageError(
+                f"data.val_size: {taken} samples for validation and test leave none of the {len(pool.labels)} for "
+                "training; lower it"
+            )
+        if self.train_size is not None and self.train_size > available:
+            raise UsageError(f"data.train_size: {self.train_size} is more than the {available} available; lower it")
+        order = stratified_order(pool.labels, self.split_seed)
+        parts = {"train": _part(pool, order[taken:][: self.train_size])}
+        if self.val_size:
+            parts["val"] = _part(pool, order[: self.val_size])
+        if test is not None:
+            parts["test"] = test
+        elif self.test_size:
+            parts["test"] = _part(pool, order[self.val_size : taken])
+        if parts["train"].labels.min() == parts["train"].labels.max():
+            raise UsageError("data: the training set has one class only; a classifier needs two or more")
+        self.classes = source.classes
+        self._parts = parts
+
+    def has_part(self, part: str) -> bool:
+        """Says whether there is such a part."""
+        self.setup()
+        return part in self._parts
+
+    def part_size(self, part: str) -> int:
+        """Returns the number of samples in a part."""
+        return len(self.part(part).labels)
+
+    def part(self, name: str) -> LabelledImages:
+        """Returns the images and labels of "train", "val" or "test".
+
+        Raises:
+            UsageError: There is no such part.
+        """
+        if not self.has_part(name):
+            raise UsageError(f"data.{name}_size: it is 0, so there is no such part; give a number of samples")
+        return self._parts[name]
+
+    def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
+        """Makes the loader of a part."""
+        images, labels = self.part(part)
+        return TensorLoader(
+            {"images": images, "labels": labels},
+            make_batch=ImageBatch,
+            transforms={"images": self._transform(training)},
+            device=device,
+            **sampling,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the training images as a network sees them.
+
+        Returns:
+            "data": hash of pixels and labels; "samples": their number; "transform": what is done to them; "random":
+            whether they come out differently in each epoch.
+        """
+        images, labels = self.part("train")
+        digest = hashlib.sha256(str(tuple(images.shape)).encode())
+        digest.update(images.permute(0, 2, 3, 1).contiguous().numpy().data)
+        digest.update(labels.numpy().data)
+        transform = self._transform(training=True)
+        return {
+            "data": digest.hexdigest(),
+            "samples": len(labels),
+            "transform": repr(transform),
+            "random": transform.random,
+        }
+
+    def _transform(self, training: bool) -> ImageTransform:
+        return ImageTransform(self.normalize, self.augmentation if training and self.augment else None)
+
+
+def stratified_order(labels: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
+    """Shuffles a data set so that every stretch of it holds the classes in the proportions of the whole.
+
+    A sample's place is decided by its rank among the shuffled samples of its class, divided by the size of the class.
+
+    Args:
+        labels: Class numbers.
+        seed: Seed of the shuffling.
+
+    Returns:
+        Positions of the samples in the new order.
+    """
+    generator = torch.Generator().manual_seed(derived_seed("split", seed))
+    shuffled = torch.randperm(len(labels), generator=generator)
+    grouped = shuffled[labels[shuffled].argsort(stable=True)]  # shuffled within each class, class after class
+    sizes = labels.bincount()
+    starts = sizes.cumsum(0) - sizes
+    own = labels[grouped]
+    place = (torch.arange(len(labels)) - starts[own] + 0.5).double() / sizes[own]
+    return grouped[place.argsort(stable=True)]
+
+
+def _part(source: LabelledImages, positions: Tensor) -> LabelledImages:
+    positions = positions.sort().values
+    return LabelledImages(take_samples(source.images, positions), source.labels[positions])
+
+
+def _check(part: LabelledImages, name: str, num_classes: int, sample_shape: tuple[int, int, int]) -> None:
+    images, labels = part
+    if images.dtype != torch.uint8 or images.shape[1:] != sample_shape:
+        raise UsageError(
+            f"data: the {name} images are {images.dtype} of shape {tuple(images.shape)}; uint8 of (n, "
+            f"{', '.join(map(str, sample_shape))}) is expected"
+        )
+    if len(images) == 0:
+        raise UsageError(f"data: the {name} set is empty; check data.root")
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise UsageError(
+            f"data: the {name} labels are {labels.dtype} of shape {tuple(labels.shape)}; whole numbers of shape "
+            f"({len(images)},) are expected"
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UsageError(
+            f"data: the {name} labels run from {int(labels.min())} to {int(labels.max())}; 0 to "
+            f"{num_classes - 1} is expected"
+        )
