@@ -1,8 +1,8 @@
 """Timing of things against one another on a machine that has other work too.
 
 Sides run in turns (A B, B A, A B ...), each in a thread of its own that rests while another works, so a training under
-`Trainer.fit` can be halted after every step or epoch. What counts is the ratio within a round: a machine that slows down
-slows all sides of a round alike. Import this module before torch: it holds torch to one thread.
+`Trainer.fit` can be halted after every step or epoch. What counts is the ratio within a round: a slow spell of the
+machine hits all its sides alike. Import this module before torch: it holds torch to one thread.
 """
 
 import os
@@ -19,7 +19,7 @@ Pause = Callable[[], None]
 Side = Callable[[Pause], None]
 
 
-class _Finished(BaseException):  # noqa: N818 (no error)
+class _Finished(BaseException):
     """Ends a side's thread at its next pause. Nothing that catches exceptions shall catch it."""
 
 

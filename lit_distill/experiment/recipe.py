@@ -213,7 +213,7 @@ def run_recipe(
     failed = _run_all(todo, jobs or len(gpus) or max(1, (os.cpu_count() or 1) // plan.threads), gpus)
     if failed:
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""  # each was told when it happened
-        raise RunError(f"{len(failed)} of {len(todo)} runs failed: {failed[0]}{more}; the same command goes on from here")
+        raise RunError(f"{len(failed)} of {len(todo)} runs failed: {failed[0]}{more}; the same command goes on")
     if only is None:
         from lit_distill.experiment.compare import compare
 

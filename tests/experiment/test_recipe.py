@@ -223,7 +223,7 @@ def test_a_failure_stops_its_dependants_and_no_others(write, scripted, notes, ca
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("lit-distill: error: 2 of 4 runs failed: ")
     assert "peer-s0 (train/loss is nan; log in runs/chain/logs/peer-s0.txt)" in message
-    assert "kd-s0 (what it needs failed)" in message
+    assert "and 1 more" in message  # kd-s0, which needs it
 
 
 def test_a_killed_run_is_started_again_without_leave_to_replace_it(write, scripted, notes):
