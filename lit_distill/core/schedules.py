@@ -79,4 +79,4 @@ class Steps:
 
 def value_at(schedule: float | Schedule, iteration: int) -> float:
     """Returns the value of a schedule, or the plain number, at `iteration`."""
-    return schedule(iteration) if isinstance(schedule, Schedule) else float(schedule)
+    return schedule(iteration) if callable(schedule) else float(schedule)
