@@ -37,7 +37,6 @@ test-claims: $(VENV)/.installed ## the slow tests: claims of papers on real data
 	$(BIN)/pytest -m slow
 
 bench: $(VENV)/.installed ## the timed comparisons of benchmarks/
-	$(BIN)/pip install --quiet --editable '.[bench]'
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean: ## remove the virtual environment and caches; runs/ stays

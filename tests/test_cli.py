@@ -224,3 +224,15 @@ def test_exported_student_gives_the_logits_of_the_trained_one_bit_for_bit(lit, p
     trained.load_state_dict({k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")})
     images = torch.randn(16, 1, 8, 8)
     assert torch.equal(exported(images), trained(images))
+
+
+def test_exported_onnx_gives_the_logits_of_the_student_for_any_batch_size(lit, place):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert lit("export runs/demo/first --to as-onnx --format onnx")[0] == 0
+    session = onnxruntime.InferenceSession(place / "as-onnx/model.onnx")
+    student = pretrained(str(place / "runs/demo/first")).eval()
+    for count in (1, 7):
+        images = torch.randn(count, 1, 8, 8)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        assert torch.allclose(torch.from_numpy(logits), student(images), atol=1e-5)

@@ -69,7 +69,7 @@ def _export_onnx(source: Path, run: Path, target: Path) -> None:
         import onnx  # noqa: F401 (torch's exporter needs it)
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UsageError("--format onnx needs two more packages; pip install onnx onnxscript") from error
+        raise UsageError("--format onnx needs two more packages; pip install 'lit-distill[onnx]'") from error
     import torch
 
     from lit_distill.core.networks import pretrained
