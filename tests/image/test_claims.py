@@ -45,3 +45,16 @@ def test_kd_student_is_better_calibrated_than_the_student_alone(results):
 def test_teacher_reaches_what_the_pilot_reached(results):
     accuracies = [metrics["test/acc"] for metrics in results["teacher"].values()]
     assert statistics.mean(accuracies) > 0.975
+
+
+def test_kd_with_attention_beats_the_student_alone_by_two_points_and_two_standard_errors(results):
+    mean, error = difference(results, "combined", "test/acc")
+    assert mean > 0.02
+    assert mean > 2 * error
+
+
+@pytest.mark.parametrize("stage", ["fitnets", "at"])
+def test_features_make_the_labels_likelier_though_accuracy_shows_no_clear_difference(results, stage):
+    mean, error = difference(results, stage, "test/nll")
+    assert mean < -0.03
+    assert mean < -2 * error
