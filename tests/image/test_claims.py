@@ -55,6 +55,8 @@ def test_kd_with_attention_beats_the_student_alone_by_two_points_and_two_standar
 
 @pytest.mark.parametrize("stage", ["fitnets", "at"])
 def test_features_make_the_labels_likelier_though_accuracy_shows_no_clear_difference(results, stage):
+    # The papers claim accuracy. Likelihood was singled out after these very seeds were seen, so this guards the code
+    # against change; it is not evidence for the methods.
     mean, error = difference(results, stage, "test/nll")
     assert mean < -0.03
     assert mean < -2 * error
