@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             return _interrupted()
         return stop.code if isinstance(stop.code, int) else 2
-    except Exception as error:
+    except Exception as error:  # the outermost frame: nothing may reach the user as a traceback unless asked for
         if debug:
             raise
         return _report(error)

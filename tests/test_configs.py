@@ -56,7 +56,9 @@ def test_method_config_instantiates(path, teachers, tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, _: built.append(cli))
     assert main(words(path, teachers, tmp_path)) == 0
-    assert built[0].model.student is not None
+    student = yaml.safe_load(path.read_text())["model"]["init_args"]["student"]
+    assert type(built[0].model.student).__name__ == student["class_path"].rpartition(".")[2]
+    assert len(built[0].model.losses) == {"supervised": 0, "combined": 2}.get(path.stem.split("_")[0], 1)
     assert built[0].datamodule.batch_size > 0
 
 

@@ -132,7 +132,7 @@ def probe(
         output, features = FeatureTaps(network, names)(sample)
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # a network may raise anything at a sample it was not made for
         reason = str(error).partition("\n")[0] or type(error).__name__  # a bare `assert` has no message
         raise UsageError(
             f"{type(network).__name__} does not accept a sample of shape {tuple(sample_shape)}: {reason}"

@@ -111,8 +111,8 @@ class DistillCLI(LightningCLI):
         """Parses, without LightningCLI's warning about two sources of arguments: `main` always passes them."""
         try:
             self.config = parser.parse_args(args)
-        except Exception:
-            _check_yaml(args)  # the parser does not say in which file the YAML is broken
+        except Exception:  # whatever it was, it is raised again; only a broken file gets a better message
+            _check_yaml(args)
             raise
 
     def _parse_ckpt_path(self) -> None:
@@ -301,7 +301,7 @@ def _check_yaml(words: list[str]) -> None:
             raise UsageError(f"--config: {path} is no text; give a YAML file") from error
         except yaml.YAMLError as error:
             place = getattr(error, "problem_mark", None)
-            line = f" (line {place.line + 1}: {error.problem})" if place is not None else ""  # type: ignore[attr-defined]
+            line = f" (line {place.line + 1}: {getattr(error, 'problem', '')})" if place is not None else ""
             raise UsageError(f"--config: {path} is not YAML{line}; correct it") from error
         if not isinstance(content, dict):
             found = "is empty" if content is None else f"holds {type(content).__name__} '{content}'"

@@ -296,7 +296,7 @@ def _child(words: list[str], log: str, gpu: str | None) -> None:
 
     try:
         sys.exit(run_lightning(words))
-    except Exception as error:
+    except Exception as error:  # the outermost frame of this process: the log keeps the traceback
         traceback.print_exc()  # into the log; the last line is what the recipe shows
         message, status = explain(error)
         print(f"lit-distill: error: {message}", file=sys.stderr, flush=True)
