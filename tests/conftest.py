@@ -44,6 +44,9 @@ class Blobs(LightningDataModule):
         parts = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
         return [ImageBatch(x, y, i) for (x, y), i in zip(parts, index.split(self.batch_size), strict=True)]
 
+    def train_labels(self):
+        return self.labels
+
     def train_dataloader(self):
         return DataLoader(self.batches(), batch_size=None)
 
@@ -64,17 +67,19 @@ class TinyNet(nn.Module):
     """Two convolutional stages with BatchNorm and a linear head, for images (2, 8, 8) and three classes."""
 
     stages = ("stage1", "stage2")
-    penultimate = "stage2"
+    pre_activations = ("stage1.2@input", "stage2.2@input")
+    penultimate = "pool"
 
     def __init__(self, width=4, num_classes=3, dropout=0.0):
         super().__init__()
         self.stage1 = nn.Sequential(nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
         self.stage2 = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.dropout = nn.Dropout(dropout)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, images):
-        return self.head(self.dropout(self.stage2(self.stage1(images)).mean((2, 3))))
+        return self.head(self.dropout(self.pool(self.stage2(self.stage1(images)))))
 
 
 class MeanTeacher(nn.Module):

@@ -5,7 +5,9 @@ Shapes come from `core.taps.probe`, never from a table.
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
 
@@ -29,19 +31,113 @@ def hint_regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -
     """
     student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
     if len(student_shape) == len(teacher_shape) == 3:
-        (c_s, h_s, w_s), (c_t, h_t, w_t) = student_shape, teacher_shape
-        conv: nn.Module | None = None
-        if (h_s, w_s) == (2 * h_t, 2 * w_t):
-            conv = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
-        elif (2 * h_s, 2 * w_s) == (h_t, w_t):
-            conv = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
-        elif h_s >= h_t and w_s >= w_t:
-            conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
-        if conv is not None:
-            return nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU())
+        if (conv := _to_grid(student_shape, teacher_shape, bias=True)) is not None:
+            return nn.Sequential(conv, nn.BatchNorm2d(teacher_shape[0]), nn.ReLU())
     elif len(student_shape) == len(teacher_shape) and student_shape[:-1] == teacher_shape[:-1]:
         return nn.Linear(student_shape[-1], teacher_shape[-1])
-    raise UsageError(
-        f"no projector leads from a student feature of shape {student_shape} to a teacher feature of shape "
-        f"{teacher_shape}; tap modules with equal rank and a student grid at least half the teacher's"
+    raise _no_way(student_shape, teacher_shape)
+
+
+def connector(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:
+    """Builds a 1x1 convolution and BatchNorm, without activation: what is matched are values before a ReLU.
+
+    Where the grids differ, the convolution also brings the student's to the teacher's size, see `hint_regressor`.
+
+    Args:
+        student_shape: (C_s, H_s, W_s) of the student's feature.
+        teacher_shape: (C_t, H_t, W_t) of the teacher's.
+
+    Raises:
+        UsageError: No connector leads from one shape to the other.
+
+    Reference: Heo et al., 2018, arXiv 1811.03233, and 2019, arXiv 1904.01866; weights normal with variance 2 / fan-out,
+    as in their public code.
+    """
+    student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
+    conv = _to_grid(student_shape, teacher_shape, bias=False) if len(student_shape) == len(teacher_shape) == 3 else None
+    if conv is None:
+        raise _no_way(student_shape, teacher_shape)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(teacher_shape[0]))
+
+
+def variational_regressor(in_channels: int, out_channels: int) -> nn.Module:
+    """Builds the mean of the variational distribution of VID: three 1x1 convolutions, ReLU between them.
+
+    Args:
+        in_channels: Channels of the student's map.
+        out_channels: Channels of the teacher's map, and of the layers between.
+
+    Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer, 2019, arXiv 1904.05835.
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(out_channels, out_channels, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(out_channels, out_channels, 1, bias=False),
+    )
+
+
+class AttentionFusion(nn.Module):
+    """Attention based fusion of knowledge review (ABF): a student map joined with what was fused from deeper levels.
+
+    The student map goes through a 1x1 convolution to `mid_channels`; the deeper result is resized to its grid; two
+    attention maps, a sigmoid of a 1x1 convolution over both, weigh their sum. That, resized to the teacher's grid, is
+    handed on to the next level, and through a 3x3 convolution becomes the map that is compared with the teacher's.
+
+    Args:
+        in_channels: Channels of the student's map.
+        mid_channels: Channels of what is handed on; the same on all levels.
+        teacher_shape: (C_t, H_t, W_t).
+        fuse: Whether there is a deeper level.
+
+    Reference: Chen, Liu, Zhao, Jia, Distilling Knowledge via Knowledge Review, 2021, arXiv 2104.09044.
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, teacher_shape: tuple[int, int, int], fuse: bool) -> None:
+        super().__init__()
+        channels, *self.grid = teacher_shape
+        self.inner = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
+        self.outer = nn.Sequential(
+            nn.Conv2d(mid_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        )
+        self.attention = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
+        for conv in (self.inner[0], self.outer[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, feature: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Fuses.
+
+        Args:
+            feature: The student's map (B, C_s, H, W).
+            deeper: What the next deeper level handed on, (B, mid, h, w), if there is one.
+
+        Returns:
+            The map to compare (B, C_t, H_t, W_t), and what is handed on, (B, mid, H_t, W_t).
+        """
+        fused = self.inner(feature)
+        if self.attention is not None and deeper is not None:
+            deeper = F.interpolate(deeper, fused.shape[-2:], mode="nearest")
+            own, others = self.attention(torch.cat([fused, deeper], dim=1)).split(1, dim=1)
+            fused = fused * own + deeper * others
+        fused = F.interpolate(fused, self.grid, mode="nearest")
+        return self.outer(fused), fused
+
+
+def _to_grid(student: tuple[int, ...], teacher: tuple[int, ...], bias: bool) -> nn.Conv2d | nn.ConvTranspose2d | None:
+    (c_s, h_s, w_s), (c_t, h_t, w_t) = student, teacher
+    if (h_s, w_s) == (2 * h_t, 2 * w_t):
+        return nn.Conv2d(c_s, c_t, 3, stride=2, padding=1, bias=bias)
+    if (2 * h_s, 2 * w_s) == (h_t, w_t):
+        return nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1, bias=bias)
+    if h_s >= h_t and w_s >= w_t:
+        return nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t), bias=bias)
+    return None
+
+
+def _no_way(student: tuple[int, ...], teacher: tuple[int, ...]) -> UsageError:
+    return UsageError(
+        f"no projector leads from a student feature of shape {student} to a teacher feature of shape {teacher}; "
+        "tap modules with equal rank and a student grid at least half the teacher's"
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_distill.core.errors import UsageError
 
@@ -19,9 +20,13 @@ class FeatureTaps:
     A module that runs several times in one forward (a shared ReLU, a shared transformer block) has one output per run:
     `"relu:0"` is the first, `"relu:-1"` the last. The plain name of such a module is refused, since it is ambiguous.
 
+    `"relu@input"` is what the module was given (its first argument): the way to features before an activation. Where the
+    module works in place, the tap keeps a copy.
+
     Args:
         network: The network to watch.
-        names: Module names, as `network.named_modules()` gives them, with an optional `:run`.
+        names: Module names, as `network.named_modules()` gives them, with an optional `:run` and then an optional
+            `@input`.
 
     Raises:
         UsageError: A name is not in the network; the message lists the nearest real names.
@@ -32,7 +37,7 @@ class FeatureTaps:
         self.names = tuple(dict.fromkeys(names))
         self._runs = {name: _split(name) for name in self.names}
         known = dict(network.named_modules())
-        for name, (path, _) in self._runs.items():
+        for name, (path, _, _) in self._runs.items():
             if path not in known or not path:
                 near = difflib.get_close_matches(path, [key for key in known if key], n=4, cutoff=0.3)
                 raise UsageError(
@@ -51,15 +56,11 @@ class FeatureTaps:
         """
         if not self.names:
             return self.network(*args, **kwargs), {}
-        seen: dict[str, list[tuple[Any, int]]] = {path: [] for path, _ in self._runs.values()}
+        seen: dict[tuple[str, bool], list[tuple[Any, int]]] = {
+            (path, given): [] for path, _, given in self._runs.values()
+        }
         modules = dict(self.network.named_modules())
-        handles = [
-            # The list is bound now: each hook fills its own.
-            modules[path].register_forward_hook(
-                lambda _module, _args, output, runs=runs: runs.append((output, _version(output)))
-            )
-            for path, runs in seen.items()
-        ]
+        handles = [_watch(modules[path], given, runs) for (path, given), runs in seen.items()]
         try:
             output = self.network(*args, **kwargs)
         finally:
@@ -67,9 +68,9 @@ class FeatureTaps:
                 handle.remove()
         return output, {name: self._pick(name, seen) for name in self.names}
 
-    def _pick(self, name: str, seen: Mapping[str, list[tuple[Any, int]]]) -> Tensor:
-        path, run = self._runs[name]
-        outputs = seen[path]
+    def _pick(self, name: str, seen: Mapping[tuple[str, bool], list[tuple[Any, int]]]) -> Tensor:
+        path, run, given = self._runs[name]
+        outputs = seen[path, given]
         if not outputs:
             raise UsageError(f"tap '{name}' did not run in this forward; tap a module that the network calls")
         if run is None and len(outputs) > 1:
@@ -81,7 +82,8 @@ class FeatureTaps:
             raise UsageError(f"tap '{name}': the module ran {len(outputs)} times; use :0 to :{len(outputs) - 1}")
         feature, version = outputs[index]
         if not isinstance(feature, Tensor):
-            raise UsageError(f"tap '{name}' returned {type(feature).__name__}, not a tensor; tap a module inside it")
+            verb = "was given" if given else "returned"
+            raise UsageError(f"tap '{name}' {verb} {type(feature).__name__}, not a tensor; tap a module inside it")
         if _version(feature) != version:
             raise UsageError(
                 f"tap '{name}' was overwritten by an operation in place after it, such as ReLU(inplace=True); "
@@ -95,12 +97,28 @@ def _version(output: Any) -> int:
     return output._version if isinstance(output, Tensor) and not output.is_inference() else 0
 
 
-def _split(name: str) -> tuple[str, int | None]:
-    path, colon, run = name.partition(":")
+def _watch(module: nn.Module, given: bool, runs: list[tuple[Any, int]]) -> RemovableHandle:
+    if not given:
+        return module.register_forward_hook(lambda _module, _args, output: runs.append((output, _version(output))))
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        value = args[0] if args else None
+        if isinstance(value, Tensor) and getattr(module, "inplace", False):
+            value = value.clone()
+        runs.append((value, _version(value)))
+
+    return module.register_forward_pre_hook(keep)
+
+
+def _split(name: str) -> tuple[str, int | None, bool]:
+    location, at, what = name.partition("@")
+    if at and what != "input":
+        raise UsageError(f"tap '{name}': after the @ stands 'input', or there is no @ (for the module's output)")
+    path, colon, run = location.partition(":")
     if not colon:
-        return path, None
+        return path, None, bool(at)
     try:
-        return path, int(run)
+        return path, int(run), bool(at)
     except ValueError:
         raise UsageError(f"tap '{name}': after the colon stands the run, a whole number such as :0 or :-1") from None
 

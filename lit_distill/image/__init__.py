@@ -16,7 +16,8 @@ if TYPE_CHECKING:
         MNIST5kDataModule,
     )
     from lit_distill.image.distillation import DistillationLoss, ImageDistiller, Outputs, Shapes, Term
-    from lit_distill.image.losses import AttentionTransfer, Hint, LogitKL
+    from lit_distill.image.losses.logits import LogitKL
+    from lit_distill.image.losses.maps import AttentionTransfer, Hint
     from lit_distill.image.methods.at import AT
     from lit_distill.image.methods.combined import Combined
     from lit_distill.image.methods.fitnets import FitNets
@@ -29,9 +30,9 @@ _MODULES = {
     "FitNets": "methods.fitnets",
     "KD": "methods.kd",
     "Supervised": "methods.supervised",
-    "AttentionTransfer": "losses",
-    "Hint": "losses",
-    "LogitKL": "losses",
+    "AttentionTransfer": "losses.maps",
+    "Hint": "losses.maps",
+    "LogitKL": "losses.logits",
     "DistillationLoss": "distillation",
     "ImageDistiller": "distillation",
     "Outputs": "distillation",

@@ -1,12 +1,12 @@
 """The base of image classifier methods: labels plus a weighted list of losses against a frozen teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,6 +19,10 @@ from lit_distill.core.schedules import Schedule, value_at
 from lit_distill.core.taps import FeatureTaps, probe
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.metrics import classification_metrics, reliability
+
+
+def _no_labels() -> Tensor:
+    raise UsageError("data: this loss keeps a memory of the training set; the data module must have train_labels()")
 
 
 class Outputs(NamedTuple):
@@ -40,11 +44,13 @@ class Shapes(NamedTuple):
         student: Feature shape by tap, without the batch dimension.
         teacher: The same of the teacher.
         num_classes: K.
+        train_labels: Returns the labels of the training set by sample index, (N,), for memory banks.
     """
 
     student: dict[str, tuple[int, ...]]
     teacher: dict[str, tuple[int, ...]]
     num_classes: int
+    train_labels: Callable[[], Tensor] = _no_labels
 
 
 class DistillationLoss(nn.Module):
@@ -53,9 +59,15 @@ class DistillationLoss(nn.Module):
     Args:
         student_taps: Module names in the student whose outputs `forward` reads.
         teacher_taps: The same in the teacher.
+
+    Attributes:
+        name: The term's name in logs.
+        teacher_free: The loss needs no teacher; what it is given as the teacher's outputs are the student's own,
+            detached.
     """
 
     name: ClassVar[str]
+    teacher_free: ClassVar[bool] = False
 
     def __init__(self, student_taps: Sequence[str] = (), teacher_taps: Sequence[str] = ()) -> None:
         super().__init__()
@@ -68,9 +80,7 @@ class DistillationLoss(nn.Module):
     def build(self, shapes: Shapes) -> None:
         """Makes projectors for the probed shapes."""
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
-    ) -> Float[Tensor, ""]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the unweighted loss of a batch."""
         raise AssertionError(f"{type(self).__name__} is a base class; a loss defines forward")
 
@@ -94,12 +104,35 @@ def stages(network: nn.Module) -> tuple[str, ...]:
     Raises:
         UsageError: The network does not say (`stages` attribute); the remedy is to name the taps.
     """
-    names = getattr(network, "stages", None)
+    return _named(network, "stages", "stages")
+
+
+def penultimate(network: nn.Module) -> str:
+    """Returns the name of the module whose output is the embedding (B, D) that a network classifies.
+
+    Raises:
+        UsageError: The network does not say (`penultimate` attribute); the remedy is to name the tap.
+    """
+    return _named(network, "penultimate", "penultimate layer")[0]
+
+
+def pre_activations(network: nn.Module) -> tuple[str, ...]:
+    """Returns the taps of a network's stages before their last ReLU, shallow to deep.
+
+    Raises:
+        UsageError: The network does not say (`pre_activations` attribute); the remedy is to name the taps.
+    """
+    return _named(network, "pre_activations", "pre-activation features")
+
+
+def _named(network: nn.Module, attribute: str, what: str) -> tuple[str, ...]:
+    names = getattr(network, attribute, None)
+    names = (names,) if isinstance(names, str) else names
     if isinstance(names, tuple | list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
     near = ", ".join(name for name, _ in network.named_children())
     raise UsageError(
-        f"{type(network).__name__} names no stages; give student_taps and teacher_taps (its modules: {near})"
+        f"{type(network).__name__} names no {what}; give student_taps and teacher_taps (its modules: {near})"
     )
 
 
@@ -128,7 +161,7 @@ class ImageDistiller(Distiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, **kwargs)
-        if terms and teacher is None:
+        if teacher is None and not all(term.loss.teacher_free for term in terms):
             raise UsageError("model.teacher is missing; this method learns from a teacher")
         self.losses = nn.ModuleDict({term.loss.name: term.loss for term in terms})
         if len(self.losses) != len(terms):
@@ -144,8 +177,7 @@ class ImageDistiller(Distiller):
         """Probes both networks on the data's sample shape, checks that they fit, and builds projectors and metrics."""
         data = self._data()
         for loss in self._losses():
-            assert self.teacher is not None
-            loss.resolve(self.student, self.teacher)
+            loss.resolve(self.student, self.student if self.teacher is None else self.teacher)
         self._student_taps = FeatureTaps(self.student, [tap for loss in self._losses() for tap in loss.student_taps])
         logits, student_shapes = probe(self.student, data.sample_shape, self._student_taps.names)
         self.num_classes = _classes(logits, self.student, "student")
@@ -160,8 +192,10 @@ class ImageDistiller(Distiller):
             )
             logits, teacher_shapes = probe(self.teacher, data.sample_shape, self._teacher_taps.names)
             _check_classes("teacher", _classes(logits, self.teacher, "teacher"), data.num_classes)
+        labels = getattr(data, "train_labels", _no_labels)
+        shapes = Shapes(student_shapes, teacher_shapes, self.num_classes, labels)
         for loss in self._losses():
-            loss.build(Shapes(student_shapes, teacher_shapes, self.num_classes))
+            loss.build(shapes)
         self.val_metrics = classification_metrics(self.num_classes, prefix="val/")
         self.test_metrics = classification_metrics(self.num_classes, prefix="test/")
 
@@ -177,18 +211,18 @@ class ImageDistiller(Distiller):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Labels plus weighted terms."""
+        """Labels plus weighted terms. A term whose weight is 0 is not computed, nor a teacher that no term asks for."""
+        weights = {name: value_at(weight, self.iteration) for name, weight in self.weights.items()}
+        losses = [loss for loss in self._losses() if weights[loss.name]]
         # The teacher first: what it used is free again before the student's activations are kept for the backward pass.
-        teacher = self.run_teacher(batch) if self.weights else None
-        logits, features = self._student_taps(batch.images)
-        student = Outputs(logits, features)
+        teacher = None if all(loss.teacher_free for loss in losses) else self.run_teacher(batch)
+        student = Outputs(*self._student_taps(batch.images))
         terms: dict[str, Tensor] = {}
         if label_weight := value_at(self.label_weight, self.iteration):
-            terms["ce"] = label_weight * F.cross_entropy(logits.float(), batch.labels)
-        if teacher is not None:
-            for loss in self._losses():
-                value = loss(student, teacher, batch.labels, self.iteration)
-                terms[loss.name] = value_at(self.weights[loss.name], self.iteration) * value
+            terms["ce"] = label_weight * F.cross_entropy(student.logits.float(), batch.labels)
+        for loss in losses:
+            target = _detached(student) if loss.teacher_free or teacher is None else teacher
+            terms[loss.name] = weights[loss.name] * loss(student, target, batch, self.iteration)
         if not terms:
             raise UsageError("model.label_weight is 0 and there is no teacher term; nothing is left to train on")
         return self.combine(terms)
@@ -279,6 +313,10 @@ class ImageDistiller(Distiller):
         for batch in tqdm(data.ordered_loader(), desc="teacher cache", leave=False):
             logits, features = self._teacher_taps(batch.images.to(self.device))
             yield batch.index, {"logits": logits, **features}
+
+
+def _detached(outputs: Outputs) -> Outputs:
+    return Outputs(outputs.logits.detach(), {name: feature.detach() for name, feature in outputs.features.items()})
 
 
 def _classes(logits: Any, network: nn.Module, role: str) -> int:

@@ -132,3 +132,25 @@ def test_probe_survives_an_assertion_without_words():
 
     with pytest.raises(UsageError, match="AssertionError"):
         probe(Strict(), (4,))
+
+
+def test_a_tap_at_the_input_is_what_the_module_was_given(network):
+    x = torch.randn(5, 3)
+    _, features = FeatureTaps(network, ["relu:0@input", "relu:1@input", "first@input"])(x)
+    torch.testing.assert_close(features["relu:0@input"], network.first(x))
+    torch.testing.assert_close(features["relu:1@input"], network.second(network.first(x).clamp(min=0)))
+    assert features["first@input"] is x
+    with pytest.raises(UsageError, match="after the @ stands 'input'"):
+        FeatureTaps(network, ["first@output"])
+
+
+def test_the_input_of_an_activation_in_place_is_kept_and_has_its_gradient():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    output, features = FeatureTaps(network, ["1@input"])(x)
+    torch.testing.assert_close(features["1@input"], network[0](x))
+    assert (features["1@input"] < 0).any()
+    torch.testing.assert_close(output, network(x))
+    features["1@input"].sum().backward()
+    torch.testing.assert_close(network[0].weight.grad, x.sum(0).expand(4, 3))
+    assert not any(module._forward_pre_hooks for module in network.modules())

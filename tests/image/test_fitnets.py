@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lit_distill.core.errors import UsageError
-from lit_distill.image import FitNets, Hint, Outputs, Shapes
+from lit_distill.image import FitNets, Hint, ImageBatch, Outputs, Shapes
 
 
 def test_method(check_method):
@@ -37,8 +37,8 @@ def test_an_identity_regressor_between_equal_networks_gives_zero():
     hint = Hint("a", "b")
     hint.student_taps, hint.teacher_taps = ("a",), ("b",)
     feature, logits = torch.randn(4, 3, 2, 2), torch.zeros(4, 3)
-    labels = torch.zeros(4, dtype=torch.long)
-    value = hint(Outputs(logits, {"a": feature}), Outputs(logits, {"b": feature.clone()}), labels, 0)
+    batch = ImageBatch(torch.zeros(4, 2, 8, 8), torch.zeros(4, dtype=torch.long), torch.arange(4))
+    value = hint(Outputs(logits, {"a": feature}), Outputs(logits, {"b": feature.clone()}), batch, 0)
     assert value.item() == 0.0
 
 

@@ -35,8 +35,8 @@ def test_schedules_of_weights_and_temperature_follow_the_iteration(trainer, blob
     combine = module.combine
     module.combine = lambda terms: seen.append(set(terms)) or combine(terms)
     trainer(max_epochs=2, log_every_n_steps=4).fit(module, datamodule=blobs)
-    # From iteration 2 on labels have no weight, and cost nothing.
-    assert seen == [{"ce", "kd"}] * 2 + [{"kd"}] * 4
+    # A term without weight costs nothing: the teacher's at iteration 0, the labels from iteration 2 on.
+    assert seen == [{"ce"}, {"ce", "kd"}] + [{"kd"}] * 4
 
 
 def test_a_student_learns_from_the_teacher_alone(trainer, blobs, mean_teacher, tiny):
@@ -61,3 +61,11 @@ def test_a_missing_teacher_and_one_with_other_classes_are_refused(trainer, blobs
         trainer().fit(KD(tiny(), tiny(num_classes=5)), datamodule=blobs)
     with pytest.raises(UsageError, match=r"model\.teacher is missing"):
         ImageDistiller(tiny(), None, [Term(LogitKL(), 1.0)])
+
+
+def test_a_teacher_that_no_term_asks_for_does_not_run(trainer, blobs, tiny):
+    ran = []
+    module = KD(tiny(), tiny(6), kd_weight=Linear(0.0, 0.9, 1, begin=1))
+    module.run_teacher = lambda batch: ran.append(module.iteration) or type(module).run_teacher(module, batch)
+    trainer(max_epochs=1).fit(module, datamodule=blobs)
+    assert ran == [2]

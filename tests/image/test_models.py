@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.taps import FeatureTaps
 from lit_distill.image.augment import IMAGENET_STATISTICS
 from lit_distill.image.data import CIFAR10DataModule
 from lit_distill.image.models import (
@@ -212,3 +213,14 @@ def test_published_weights_give_the_accuracy_of_a_plain_implementation(name, dep
     network.load_state_dict(load_file(SHARED / f"models/cifar10/{name}.safetensors"))
     with torch.no_grad():
         assert (network(test_images.images).argmax(1) == test_images.labels).sum() == right
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet8-A", "wrn-16-2", "vgg8", "shufflenetv1", "convnet28", "mlp"])
+def test_rectified_pre_activations_are_the_stages(name):
+    build, sample = NETWORKS[name]
+    network = build()
+    names = [*network.stages, *network.pre_activations]
+    _, features = FeatureTaps(network, names)(torch.randn(4, *sample))
+    for stage, before in zip(network.stages, network.pre_activations, strict=True):
+        assert (features[before] < 0).any()
+        torch.testing.assert_close(features[before].relu(), features[stage])

@@ -42,28 +42,35 @@ class TeacherCheck(Callback):
             )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Measures, in the first step, the gradient that comes from the teacher's terms alone."""
-        if not isinstance(pl_module, Distiller) or pl_module.teacher is None or pl_module.iteration > 0:
+        """Measures, in the first step with terms of the teacher, the gradient that comes from them alone."""
+        if not isinstance(pl_module, Distiller) or pl_module.teacher is None or self._tried:
             return
         if pl_module.device_mesh is not None:  # a second backward through sharded networks is not supported by FSDP2
             return
-        if self._tried or not pl_module.terms:
+        # A schedule may bring the teacher in later, or have come from a checkpoint beyond it.
+        terms = {name: value for name, value in pl_module.terms.items() if name not in pl_module.label_terms}
+        if not terms:
             return
         self._tried = (
             True  # a method with several optimizers goes backward several times; the terms' graph lives for one
         )
-        terms = [value for name, value in pl_module.terms.items() if name not in pl_module.label_terms]
         parameters = [parameter for parameter in pl_module.student.parameters() if parameter.requires_grad]
         gradients: tuple[Tensor | None, ...] = ()
-        live = [term for term in terms if term.requires_grad]
+        live = [term for term in terms.values() if term.requires_grad]
         if live:
             gradients = torch.autograd.grad(sum(live), parameters, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]  # sum of tensors
         if not any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients):
-            names = ", ".join(sorted(set(pl_module.terms) - pl_module.label_terms)) or "none"
             rank_zero_warn(
-                f"the teacher has no effect: its terms ({names}) "
+                f"the teacher has no effect: its terms ({', '.join(sorted(terms))}) "
                 "give the student no gradient; check their weights and that teacher and student differ"
             )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns where no term of the teacher has been part of the loss at all."""
+        if not isinstance(pl_module, Distiller) or pl_module.teacher is None or self._tried:
+            return
+        if pl_module.terms and pl_module.device_mesh is None and not set(pl_module.terms) - pl_module.label_terms:
+            rank_zero_warn("the teacher has no effect: no term of it was part of the loss; check the weights")
 
 
 def _teacher_hits(trainer: Trainer, module: Distiller, samples: int) -> tuple[Tensor | None, float]:

@@ -112,6 +112,10 @@ class ImageDataModule(LightningDataModule, ABC):
         """Returns the number of samples in a part."""
 
     @abstractmethod
+    def train_labels(self) -> Int[Tensor, " n"]:
+        """Returns the labels of the training part by sample index."""
+
+    @abstractmethod
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part; `sampling` is what every `EpochLoader` takes."""
 

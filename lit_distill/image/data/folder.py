@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -112,6 +113,10 @@ class ImageFolderDataModule(ImageDataModule):
             samples = _list(self.folder / name, self.classes)
             self._listed[name] = self._subset(samples) if name == "train" else samples
         return self._listed[name]
+
+    def train_labels(self) -> Int[Tensor, " n"]:
+        """Returns the labels of the training part by sample index."""
+        return torch.tensor([label for _, label in self.samples("train")])
 
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""

@@ -142,6 +142,10 @@ class InMemoryImageDataModule(ImageDataModule):
             raise UsageError(f"data.{name}_size: it is 0, so there is no such part; give a number of samples")
         return self._parts[name]
 
+    def train_labels(self) -> Int[Tensor, " n"]:
+        """Returns the labels of the training part by sample index."""
+        return self.part("train").labels
+
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
         images, labels = self.part(part)

@@ -8,7 +8,7 @@ from torch import nn
 from lit_distill.core.reference import Reference
 from lit_distill.core.schedules import Schedule
 from lit_distill.image.distillation import ImageDistiller, Term
-from lit_distill.image.losses import AttentionTransfer
+from lit_distill.image.losses.maps import AttentionTransfer
 
 
 class AT(ImageDistiller):

@@ -7,7 +7,7 @@ from torch import nn
 from lit_distill.core.reference import Reference
 from lit_distill.core.schedules import Schedule
 from lit_distill.image.distillation import ImageDistiller, Term
-from lit_distill.image.losses import Hint
+from lit_distill.image.losses.maps import Hint
 
 
 class FitNets(ImageDistiller):

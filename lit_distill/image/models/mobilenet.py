@@ -25,6 +25,7 @@ class MobileNetV2CIFAR(nn.Module):
     """
 
     stages = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
+    pre_activations = stages
     penultimate = "pool"
 
     def __init__(self, num_classes: int, width: float = 0.5) -> None:

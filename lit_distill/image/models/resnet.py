@@ -48,6 +48,7 @@ class ResNetCIFAR(nn.Module):
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, shortcut)
         self.pool = GlobalPool()
         self.linear = nn.Linear(widths[3], num_classes)
+        self.pre_activations = tuple(f"{stage}.{blocks - 1}.relu@input" for stage in self.stages)
         initialize(self)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
@@ -67,11 +68,12 @@ class BasicBlock(nn.Module):
         if stride != 1 or in_channels != out_channels:
             projection = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
             self.shortcut = projection if shortcut == "B" else PadChannels(out_channels - in_channels, stride)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Computes the block."""
         inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        return F.relu(inner + self.shortcut(x), inplace=True)
+        return self.relu(inner + self.shortcut(x))
 
 
 class PadChannels(nn.Module):

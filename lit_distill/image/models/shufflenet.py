@@ -23,6 +23,7 @@ class ShuffleNetV1CIFAR(nn.Module):
     """
 
     stages = ("layer1", "layer2", "layer3")
+    pre_activations = ("layer1.3.relu@input", "layer2.7.relu@input", "layer3.3.relu@input")
     penultimate = "pool"
 
     def __init__(self, num_classes: int) -> None:
@@ -56,13 +57,14 @@ class ShuffleUnitV1(nn.Module):
             *conv_bn_relu(inner, inner, 3, stride, groups=inner),
             *conv_bn(inner, added, 1, groups=groups),
         )
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Computes the unit."""
         inner = self.branch(x)
         if self.stride == 1:
-            return F.relu(inner + x, inplace=True)
-        return F.relu(torch.cat([inner, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1), inplace=True)
+            return self.relu(inner + x)
+        return self.relu(torch.cat([inner, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
 
 
 class ShuffleNetV2CIFAR(nn.Module):

@@ -25,11 +25,14 @@ class ConvNet(nn.Module):
         if not widths:
             raise UsageError("widths: it is empty; give the channels of one stage or more")
         self.stages = tuple(f"layer{number}" for number in range(1, len(widths) + 1))
-        channels = in_channels
+        channels, pre_activations = in_channels, []
         for stage, width in zip(self.stages, widths, strict=True):
             pool = [] if stage == self.stages[0] else [nn.MaxPool2d(2)]
-            self.add_module(stage, nn.Sequential(*pool, *conv_bn_relu(channels, width, 3)))
+            layers = [*pool, *conv_bn_relu(channels, width, 3)]
+            self.add_module(stage, nn.Sequential(*layers))
+            pre_activations.append(f"{stage}.{len(layers) - 1}@input")
             channels = width
+        self.pre_activations = tuple(pre_activations)
         self.pool = GlobalPool()
         self.linear = nn.Linear(channels, num_classes)
         initialize(self)
@@ -77,6 +80,7 @@ class LeNet(nn.Module):
             convolution = nn.Conv2d(channels, width, 3, padding=1)
             self.add_module(stage, nn.Sequential(convolution, nn.ReLU(), nn.MaxPool2d(2)))
             channels, size = width, size // 2
+        self.pre_activations = tuple(f"{stage}.1@input" for stage in self.stages)
         features = channels * size * size
         layers = [nn.Linear(features, hidden), nn.ReLU()] if hidden else []
         self.embedding = nn.Sequential(nn.Flatten(), *layers)
@@ -104,6 +108,7 @@ class MLP(nn.Module):
         if not hidden:
             raise UsageError("hidden: it is empty; give the width of one hidden layer or more")
         self.stages = tuple(f"layer{number}" for number in range(1, len(hidden) + 1))
+        self.pre_activations = tuple(f"{stage}.1@input" for stage in self.stages)
         self.penultimate = self.stages[-1]
         features = in_features
         for stage, width in zip(self.stages, hidden, strict=True):

@@ -31,6 +31,7 @@ class VGG(nn.Module):
         if depth not in _CONVOLUTIONS:
             raise UsageError(f"depth: there is no VGG-{depth}; give {', '.join(map(str, _CONVOLUTIONS))}")
         channels = 3
+        pre_activations = []
         for number, (count, width) in enumerate(zip(_CONVOLUTIONS[depth], _WIDTHS, strict=True), start=1):
             layers: list[nn.Module] = [nn.MaxPool2d(2)] if 2 <= number <= 4 else []
             for _ in range(count):
@@ -38,6 +39,8 @@ class VGG(nn.Module):
                 layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 channels = width
             self.add_module(f"layer{number}", nn.Sequential(*layers))
+            pre_activations.append(f"layer{number}.{len(layers) - 1}@input")
+        self.pre_activations = tuple(pre_activations)
         self.pool = GlobalPool()
         self.linear = nn.Linear(channels, num_classes)
         initialize(self, linear_std=0.01)

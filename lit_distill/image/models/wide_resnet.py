@@ -23,6 +23,7 @@ class WideResNet(nn.Module):
     """
 
     stages = ("layer2.0.relu1", "layer3.0.relu1", "relu")
+    pre_activations = tuple(f"{stage}@input" for stage in stages)
     penultimate = "pool"
 
     def __init__(self, depth: int, width: int, num_classes: int) -> None:

@@ -1,37 +1,15 @@
-"""Image losses that read taps or train projectors, each built on a pure function of `lit_distill.losses`."""
+"""Losses that compare feature maps."""
 
 from collections.abc import Sequence
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.projectors import hint_regressor
-from lit_distill.core.schedules import Schedule, value_at
+from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, stages
-from lit_distill.losses import attention_transfer, forward_kl, hint_mse
-
-
-class LogitKL(DistillationLoss):
-    """T^2 KL(teacher || student) of the logits, see `lit_distill.losses.forward_kl`.
-
-    Args:
-        temperature: T, a number or a schedule over iterations.
-    """
-
-    name = "kd"
-
-    def __init__(self, temperature: float | Schedule = 4.0) -> None:
-        super().__init__()
-        if not isinstance(temperature, Schedule) and temperature <= 0:
-            raise UsageError(f"temperature is {temperature}; it must be above 0 (usual: 1 to 8)")
-        self.temperature = temperature
-
-    def forward(
-        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
-    ) -> Float[Tensor, ""]:
-        """Returns the loss of a batch."""
-        return forward_kl(student.logits, teacher.logits, temperature=value_at(self.temperature, iteration))
+from lit_distill.losses import attention_transfer, hint_mse
 
 
 class Hint(DistillationLoss):
@@ -57,9 +35,7 @@ class Hint(DistillationLoss):
         """Makes the regressor from the student's to the teacher's shape."""
         self.regressor = hint_regressor(shapes.student[self.student_taps[0]], shapes.teacher[self.teacher_taps[0]])
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
-    ) -> Float[Tensor, ""]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         regressed = self.regressor(student.features[self.student_taps[0]])
         return hint_mse(regressed, teacher.features[self.teacher_taps[0]])
@@ -103,9 +79,7 @@ class AttentionTransfer(DistillationLoss):
                     f"attention transfer: tap '{tap}' has shape {shape}; tap modules that return (C, H, W)"
                 )
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, labels: Int[Tensor, " b"], iteration: int
-    ) -> Float[Tensor, ""]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         pairs = zip(self.student_taps, self.teacher_taps, strict=True)
         values = [attention_transfer(student.features[s], teacher.features[t], power=self.power) for s, t in pairs]

@@ -1,0 +1,1 @@
+"""Image losses that read taps or train projectors, each built on a pure function of `lit_distill.losses`."""
