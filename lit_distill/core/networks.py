@@ -88,7 +88,8 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, origin: str
         UsageError: Keys or shapes differ; the message names the first difference.
     """
     own = network.state_dict()
-    differences = [f"{key} is missing" for key in own if key not in state]
+    # Old files have no BatchNorm counters; load_state_dict fills them in, and nothing reads them.
+    differences = [f"{key} is missing" for key in own if key not in state and not key.endswith(".num_batches_tracked")]
     differences += [f"{key} is not in the network" for key in state if key not in own]
     differences += [
         f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(own[key].shape)}"

@@ -68,6 +68,7 @@ class Figure:
         rows: The numbers behind the figure, as text.
         height: Height in pixels.
         row: The row that the figure is about, if it is about a single one.
+        kind: The kind of panel, for panels.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Figure:
     rows: Sequence[Sequence[str]]
     height: int = 340
     row: str = ""
+    kind: str = ""
 
 
 def write_dashboard(comparison: Comparison, path: str | Path) -> None:
@@ -135,7 +137,11 @@ def render(comparison: Comparison, folder: Path) -> str:
         all_metrics=_all_metrics(drawn),
         legend=[(group.label, looks[group.label].colour, _ICONS[looks[group.label].symbol]) for group in drawn],
         figures=figures,
-        panels=panels,
+        panels=[
+            (kind, known, [panel for panel in panels if panel.kind == kind])
+            for kind, known in PANELS.items()
+            if any(panel.kind == kind for panel in panels)
+        ],
         specs=_clean(specs),
         runs=[_run_row(run, folder) for run in comparison.runs],
         configs=[(group.label, group.runs[0].name, without_secrets(group.runs[0].config_text())) for group in drawn],
@@ -492,7 +498,84 @@ def reliability_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure
     )
 
 
-PANELS: dict[str, Callable[[Group, Sequence[Any], Look], Figure]] = {"reliability": reliability_panel}
+def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
+    """Accuracy under FGSM against its size, mean over seeds: attacked as it is, and with logits rescaled."""
+    import numpy as np
+
+    epsilon = [float(value) for value in panels[0]["epsilon"]]
+    curves = {name: np.array([panel[name] for panel in panels], float) for name in ("fgsm", "rescaled")}
+    if any([float(value) for value in panel["epsilon"]] != epsilon for panel in panels):
+        raise ValueError("sizes that differ between seeds")
+    if any(curve.shape != (len(panels), len(epsilon)) or not np.isfinite(curve).all() for curve in curves.values()):
+        raise ValueError("curves of another length than the sizes, or not finite")
+    data: list[Spec] = []
+    for name, words, dash, symbol in (
+        ("fgsm", "FGSM", "solid", look.symbol),
+        ("rescaled", "FGSM on rescaled logits", "dot", f"{look.symbol}-open"),
+    ):
+        error = curves[name].std(axis=0, ddof=1) / math.sqrt(len(panels)) if len(panels) > 1 else np.zeros(len(epsilon))
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": epsilon,
+                "y": curves[name].mean(axis=0).tolist(),
+                "error_y": {"type": "data", "array": (2 * error).tolist(), "thickness": 1.5, "width": 4},
+                "line": {"color": f"@{look.colour}", "width": 2, "dash": dash},
+                "marker": {"symbol": symbol, "size": 8},
+                "hovertemplate": f"{words}, size %{{x}}: accuracy %{{y:.3f}}<extra></extra>",
+            }
+        )
+    attacked, rescaled = (curve.mean(axis=0) for curve in curves.values())
+    return Figure(
+        "",
+        f"{group.label}: {100 * attacked[-1]:.1f} % at {epsilon[-1]:g}, rescaled {100 * rescaled[-1]:.1f} %",
+        f"{len(panels)} seed{'s' if len(panels) != 1 else ''}; solid: FGSM, dotted: FGSM on rescaled logits",
+        f"Accuracy under FGSM falls from {100 * attacked[0]:.1f} percent to {100 * attacked[-1]:.1f} percent at size "
+        f"{epsilon[-1]:g}; with rescaled logits to {100 * rescaled[-1]:.1f} percent",
+        {
+            "": {
+                "data": data,
+                "layout": {
+                    "xaxis": {
+                        "title": {"text": "size of the attack (epsilon, pixels in 0 to 1)"},
+                        "rangemode": "tozero",
+                    },
+                    "yaxis": {"title": {"text": "accuracy"}, "range": [-0.02, 1.02], "dtick": 0.25},
+                },
+            }
+        },
+        ("size", "accuracy under FGSM", "with rescaled logits"),
+        [(f"{e:g}", f"{a:.3f}", f"{r:.3f}") for e, a, r in zip(epsilon, attacked, rescaled, strict=True)],
+        height=330,
+        row=group.label,
+    )
+
+
+@dataclass(frozen=True)
+class PanelKind:
+    """A kind of panel: heading and explanation of its section, and what draws it for a row."""
+
+    title: str
+    about: str
+    draw: Callable[[Group, Sequence[Any], Look], Figure]
+
+
+PANELS = {
+    "reliability": PanelKind(
+        "Calibration",
+        "How often a prediction is right (bars) at each confidence; a calibrated model follows the dashed line. Below, "
+        "the share of samples in each bin, pooled over seeds.",
+        reliability_panel,
+    ),
+    "robustness": PanelKind(
+        "Robustness",
+        "Accuracy on all test images after an attack by the gradient's sign (FGSM), with two standard errors. Where "
+        "the dotted line, the same attack with rescaled logits, lies far below the solid one, the gradient is masked "
+        "and the network is not robust.",
+        robustness_panel,
+    ),
+}
 
 
 def panel_figures(groups: Sequence[Group], looks: Mapping[str, Look]) -> tuple[list[Figure], list[str]]:
@@ -502,16 +585,18 @@ def panel_figures(groups: Sequence[Group], looks: Mapping[str, Look]) -> tuple[l
     unknown: set[str] = set()
     for group in groups:
         for kind in sorted({kind for run in group.runs for kind in run.panels}):
-            draw = PANELS.get(kind)
-            if draw is None:
+            known = PANELS.get(kind)
+            if known is None:
                 unknown.add(kind)
                 continue
             try:
-                drawn = draw(group, [run.panels[kind] for run in group.runs if kind in run.panels], looks[group.label])
+                drawn = known.draw(
+                    group, [run.panels[kind] for run in group.runs if kind in run.panels], looks[group.label]
+                )
             except (KeyError, TypeError, ValueError) as error:
                 notes.append(f"{group.label}: panel {kind!r} is left out, its data are malformed ({error})")
                 continue
-            figures.append(Figure(**{**vars(drawn), "id": f"panel-{len(figures)}"}))
+            figures.append(Figure(**{**vars(drawn), "id": f"panel-{len(figures)}", "kind": kind}))
     notes += [f"panel {kind!r} is left out: this version cannot draw it" for kind in sorted(unknown)]
     return figures, notes
 

@@ -11,6 +11,7 @@ from lit_distill.core.networks import (
     freeze,
     import_class,
     instantiate,
+    load_weights,
     pretrained,
     read_weights,
 )
@@ -112,3 +113,11 @@ def test_descriptions_nest():
 def test_a_class_path_that_leads_nowhere_is_named(path):
     with pytest.raises(UsageError, match=f"'{path}' cannot be imported"):
         import_class(path)
+
+
+def test_weights_from_before_batchnorm_counted_batches_are_taken():
+    source, network = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))
+    source.running_mean.fill_(2.0)
+    state = {f"0.{key}": value for key, value in source.state_dict().items() if key != "num_batches_tracked"}
+    load_weights(network, state, origin="old")
+    assert network[0].running_mean.tolist() == [2.0] * 3

@@ -18,12 +18,14 @@ from lit_distill.experiment.dashboard import (
     mean_curve,
     panel_figures,
     reliability_panel,
+    robustness_panel,
     without_secrets,
     write_dashboard,
 )
 from lit_distill.experiment.runs import find_runs
 
 LOOK = Look("c1", "circle", "solid")
+ROBUSTNESS = {"epsilon": [0.0, 0.1, 0.2], "fgsm": [0.9, 0.7, 0.6], "rescaled": [0.9, 0.5, 0.1]}
 RELIABILITY = {"confidence": [0.25, 0.75], "accuracy": [0.5, 0.75], "count": [10, 30]}
 
 
@@ -223,6 +225,47 @@ def test_a_malformed_panel_is_a_note(write_run, tmp_path, panel):
     figures, notes = panel_figures(groups, {"kd": LOOK})
     assert figures == []
     assert "malformed" in notes[0]
+
+
+def test_robustness_is_the_mean_over_seeds_with_two_standard_errors():
+    other = {"epsilon": [0.0, 0.1, 0.2], "fgsm": [0.9, 0.5, 0.2], "rescaled": [0.9, 0.3, 0.1]}
+    figure = robustness_panel(SimpleNamespace(label="kd"), [ROBUSTNESS, other], LOOK)
+    attacked, rescaled = figure.specs[""]["data"]
+    assert attacked["x"] == rescaled["x"] == [0.0, 0.1, 0.2]
+    assert attacked["y"] == pytest.approx([0.9, 0.6, 0.4])
+    assert rescaled["y"] == pytest.approx([0.9, 0.4, 0.1])
+    # Two values that differ by d have the standard error d / 2.
+    assert attacked["error_y"]["array"] == pytest.approx([0.0, 0.2, 0.4])
+    assert figure.title == "kd: 40.0 % at 0.2, rescaled 10.0 %"
+    assert figure.rows[2] == ("0.2", "0.400", "0.100")
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [
+        [],
+        {},
+        "text",
+        ROBUSTNESS | {"fgsm": [0.9]},
+        ROBUSTNESS | {"fgsm": [0.9, None, 0.1]},
+        ROBUSTNESS | {"epsilon": ["a", "b", "c"]},
+    ],
+)
+def test_a_malformed_robustness_panel_is_a_note(write_run, tmp_path, panel):
+    write_run(seed=0, panels={"robustness": ROBUSTNESS})
+    write_run(seed=1, panels={"robustness": panel})
+    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    assert figures == []
+    assert "panel 'robustness' is left out, its data are malformed" in notes[0]
+
+
+def test_each_kind_of_panel_has_its_own_section(write_run, page):
+    for seed in (0, 1):
+        write_run("kd", seed, panels={"reliability": RELIABILITY, "robustness": ROBUSTNESS})
+    text = page().read_text()
+    calibration, robustness = text.index(">Calibration</h2>"), text.index(">Robustness</h2>")
+    assert calibration < text.index("kd: ECE") < robustness < text.index("kd: 60.0 % at 0.2, rescaled 10.0 %")
+    assert {"panel-0", "panel-1"} <= specs_of(text).keys()
 
 
 def test_an_unknown_panel_is_a_note(write_run, tmp_path):

@@ -56,3 +56,30 @@ def test_no_loss_at_all_is_refused(trainer, blobs, tiny):
 def test_missing_data_is_said(trainer, blobs, tiny):
     with pytest.raises(UsageError, match="data is missing"):
         trainer().fit(Supervised(tiny()), blobs.train_dataloader())
+
+
+def test_a_temperature_divides_the_logits_in_training_alone(trainer, step, tiny, blobs):
+    logits = tiny()(blobs.images[:8]).detach().double().numpy()
+    _, terms = step(Supervised(tiny(), temperature=20.0, label_weight=2.0))
+    expected = -log_softmax(logits / 20, axis=1)[range(8), blobs.labels[:8]].mean()
+    assert terms == {"ce": pytest.approx(2 * expected, rel=1e-5)}
+    plain, tempered = (
+        trainer().test(Supervised(tiny(), temperature=temperature), datamodule=blobs, verbose=False)[0]
+        for temperature in (1.0, 20.0)
+    )
+    assert plain == tempered
+
+
+def test_training_at_a_temperature_makes_logits_larger(trainer, tiny, blobs):
+    sizes = []
+    for temperature in (1.0, 20.0):
+        module = Supervised(tiny(8), temperature, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
+        trainer(max_epochs=20).fit(module, datamodule=blobs)
+        logits = module.student.eval()(blobs.images)
+        sizes.append((logits.amax(1) - logits.mean(1)).mean().item())
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_a_temperature_that_is_not_positive_is_refused(tiny):
+    with pytest.raises(UsageError, match=r"model\.temperature is -1\.0; it must be above 0"):
+        Supervised(tiny(), temperature=-1.0)

@@ -1,0 +1,53 @@
+"""What defensive distillation does and does not do, on real data, two seeds. Slow: `make test-claims`."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from lit_distill.experiment.recipe import run_recipe
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    pytest.importorskip("foolbox", reason="needs foolbox (pip install 'lit-distill[robustness]')")
+    root = tmp_path_factory.mktemp("claims")
+    assert run_recipe(str(ROOT / "configs/recipes/defensive.yaml"), root=str(root)) == 0
+    found = {}
+    for path in root.glob("defensive/*/summary.json"):
+        summary = json.loads(path.read_text())
+        for key, value in summary["metrics"].items():
+            found.setdefault(summary["stage"], {}).setdefault(key, []).append(value)
+    return {stage: {key: statistics.mean(values) for key, values in found[stage].items()} for stage in found}
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_a_high_temperature_looks_like_robustness_to_fgsm(results, network):
+    plain, warm, hot = (results[f"{network}-t{t}"]["test/fgsm_acc_eps0.3"] for t in (1, 20, 100))
+    assert warm > plain + 0.2
+    assert hot > warm + 0.05
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_the_reason_is_gradients_of_exactly_zero(results, network):
+    plain, warm, hot = (results[f"{network}-t{t}"]["test/zero_gradient"] for t in (1, 20, 100))
+    assert plain < 0.05
+    assert warm > plain + 0.3
+    assert hot > warm + 0.05
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+@pytest.mark.parametrize("temperature", [20, 100])
+def test_with_rescaled_logits_the_robustness_is_gone(results, network, temperature):
+    metrics = results[f"{network}-t{temperature}"]
+    assert metrics["test/fgsm_rescaled_acc_eps0.3"] < 0.2
+    assert metrics["test/fgsm_rescaled_acc_eps0.3"] < metrics["test/fgsm_acc_eps0.3"] - 0.3
+
+
+def test_carlini_wagner_succeeds_on_every_image_at_every_temperature(results):
+    assert [metrics["test/cw_success"] for metrics in results.values()] == [1.0] * 6
