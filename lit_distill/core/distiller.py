@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,6 +53,9 @@ class Distiller(LightningModule):
 
     student: nn.Module
     teacher: nn.Module | None
+    init_iterations: int = (
+        0  # batches of a first phase, if a method has one, in which not all of the student is trained
+    )
 
     def __init__(
         self,
@@ -93,6 +97,14 @@ class Distiller(LightningModule):
             for child in self.children():
                 shard(child, self.device_mesh)
         self._built = True
+
+    def on_train_start(self) -> None:
+        """Warns where the run would end within the first phase."""
+        if self.init_iterations >= self.trainer.estimated_stepping_batches:
+            rank_zero_warn(
+                f"model.init_iterations is {self.init_iterations}, and the run has only "
+                f"{self.trainer.estimated_stepping_batches:.0f} batches; what follows the first phase is never trained"
+            )
 
     def train(self, mode: bool = True) -> "Distiller":
         """Sets the mode of everything but the frozen networks, which stay in eval."""

@@ -3,6 +3,7 @@
 Shapes come from `core.taps.probe`, never from a table.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,9 @@ def hint_regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -
     is twice as large, transposed 4x4 with stride 2 where it is half as large. Vectors and tokens (..., D): a linear
     map.
 
+    Between tokens (L, D) and maps the patches are laid out as the grid they come from, see `token_grid`. Class tokens
+    of the student are left out. Towards tokens there is neither BatchNorm nor ReLU, since tokens are not rectified.
+
     Args:
         student_shape: Shape of the student's feature without the batch dimension.
         teacher_shape: The teacher's.
@@ -33,9 +37,55 @@ def hint_regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -
     if len(student_shape) == len(teacher_shape) == 3:
         if (conv := _to_grid(student_shape, teacher_shape, bias=True)) is not None:
             return nn.Sequential(conv, nn.BatchNorm2d(teacher_shape[0]), nn.ReLU())
+    elif (len(student_shape), len(teacher_shape)) == (2, 3):
+        grid, _ = token_grid(student_shape[0])
+        return nn.Sequential(TokensToMap(), hint_regressor((student_shape[1], grid, grid), teacher_shape))
+    elif (len(student_shape), len(teacher_shape)) == (3, 2):
+        grid, class_tokens = token_grid(teacher_shape[0])
+        conv = _to_grid(student_shape, (teacher_shape[1], grid, grid), bias=True)
+        if conv is not None and not class_tokens:
+            return nn.Sequential(conv, MapToTokens())
     elif len(student_shape) == len(teacher_shape) and student_shape[:-1] == teacher_shape[:-1]:
         return nn.Linear(student_shape[-1], teacher_shape[-1])
     raise _no_way(student_shape, teacher_shape)
+
+
+def token_grid(tokens: int) -> tuple[int, int]:
+    """Tells patches from class tokens: the largest square is the patches, what is left over comes before them.
+
+    Args:
+        tokens: Number of tokens, L.
+
+    Returns:
+        Rows (and columns) of the grid of patches, and the number of class tokens: 0, 1 or 2.
+
+    Raises:
+        UsageError: More than two tokens are left over, so that the patches are no square grid.
+    """
+    grid = math.isqrt(tokens)
+    if grid == 0 or tokens - grid**2 > 2:
+        raise UsageError(
+            f"{tokens} tokens are not a square grid of patches with up to two class tokens; tap a module that returns "
+            "such tokens, or maps"
+        )
+    return grid, tokens - grid**2
+
+
+class TokensToMap(nn.Module):
+    """Lays tokens (B, L, D) out as a map (B, D, H, W); class tokens are left out."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Lays out."""
+        grid, class_tokens = token_grid(tokens.shape[1])
+        return tokens[:, class_tokens:].transpose(1, 2).unflatten(2, (grid, grid))
+
+
+class MapToTokens(nn.Module):
+    """Lines the pixels of a map (B, D, H, W) up as tokens (B, HW, D), row by row."""
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Lines up."""
+        return feature.flatten(2).transpose(1, 2)
 
 
 def connector(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:
@@ -98,12 +148,12 @@ class AttentionFusion(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, teacher_shape: tuple[int, int, int], fuse: bool) -> None:
         super().__init__()
         channels, *self.grid = teacher_shape
-        self.inner = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
-        self.outer = nn.Sequential(
-            nn.Conv2d(mid_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-        )
+        first = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
+        last = nn.Conv2d(mid_channels, channels, 3, padding=1, bias=False)
+        self.inner = nn.Sequential(first, nn.BatchNorm2d(mid_channels))
+        self.outer = nn.Sequential(last, nn.BatchNorm2d(channels))
         self.attention = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
-        for conv in (self.inner[0], self.outer[0]):
+        for conv in (first, last):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:

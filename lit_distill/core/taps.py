@@ -20,8 +20,8 @@ class FeatureTaps:
     A module that runs several times in one forward (a shared ReLU, a shared transformer block) has one output per run:
     `"relu:0"` is the first, `"relu:-1"` the last. The plain name of such a module is refused, since it is ambiguous.
 
-    `"relu@input"` is what the module was given (its first argument): the way to features before an activation. Where the
-    module works in place, the tap keeps a copy.
+    `"relu@input"` is what the module was given (its first argument): the way to features before an activation. Where
+    the module works in place, the tap keeps a copy.
 
     Args:
         network: The network to watch.

@@ -25,7 +25,7 @@ def test_the_term_is_the_sum_over_stages_of_two_minus_two_cosines(step, tiny, bl
 def test_taps_without_a_partner_or_a_grid_are_refused(trainer, blobs, tiny):
     with pytest.raises(UsageError, match="1 student taps and 2 teacher taps"):
         trainer().fit(AT(tiny(), tiny(), student_taps=["stage1"]), datamodule=blobs)
-    with pytest.raises(UsageError, match=r"tap 'head' has shape \(3,\)"):
+    with pytest.raises(UsageError, match=r"at: student tap 'head' has shape \(3,\)"):
         trainer().fit(AT(tiny(), tiny(), ["stage1", "head"], ["stage1", "head"]), datamodule=blobs)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
 from lit_distill.core.projectors import hint_regressor
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, stages
+from lit_distill.image.losses.pairs import PairedMaps
 from lit_distill.losses import attention_transfer, hint_mse
 
 
@@ -41,7 +42,7 @@ class Hint(DistillationLoss):
         return hint_mse(regressed, teacher.features[self.teacher_taps[0]])
 
 
-class AttentionTransfer(DistillationLoss):
+class AttentionTransfer(PairedMaps):
     """Sum over stages of the difference of spatial attention, see `lit_distill.losses.attention_transfer`.
 
     Args:
@@ -58,32 +59,17 @@ class AttentionTransfer(DistillationLoss):
         teacher_taps: Sequence[str] | None = None,
         power: float = 2.0,
     ) -> None:
-        super().__init__(student_taps or (), teacher_taps or ())
+        super().__init__(student_taps, teacher_taps)
         self.power = power
-
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the stages where no taps were given."""
-        self.student_taps = self.student_taps or stages(student)
-        self.teacher_taps = self.teacher_taps or stages(teacher)
 
     def build(self, shapes: Shapes) -> None:
         """Checks that the taps are maps, in pairs."""
-        if len(self.student_taps) != len(self.teacher_taps):
-            raise UsageError(
-                f"attention transfer: {len(self.student_taps)} student taps and {len(self.teacher_taps)} teacher taps; "
-                "give student_taps and teacher_taps in pairs"
-            )
-        for tap, shape in [*shapes.student.items(), *shapes.teacher.items()]:
-            if tap in (*self.student_taps, *self.teacher_taps) and len(shape) != 3:
-                raise UsageError(
-                    f"attention transfer: tap '{tap}' has shape {shape}; tap modules that return (C, H, W)"
-                )
+        self.paired_shapes(shapes)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        pairs = zip(self.student_taps, self.teacher_taps, strict=True)
-        values = [attention_transfer(student.features[s], teacher.features[t], power=self.power) for s, t in pairs]
-        return sum(values[1:], start=values[0])
+        pairs = self.paired_features(student, teacher)
+        return torch.stack([attention_transfer(s, t, power=self.power) for s, t in pairs]).sum()
 
 
 def _middle(names: tuple[str, ...]) -> str:
