@@ -109,3 +109,11 @@ def test_the_recipe_that_is_shown_is_one(tmp_path, monkeypatch):
     (tmp_path / "shown.yaml").write_text(shown[0])
     recipe = read_recipe(str(tmp_path / "shown.yaml"))
     assert [(stage.name, len(stage.seeds)) for stage in recipe.stages] == [("teacher", 1), ("baseline", 5), ("kd", 5)]
+
+
+def test_the_code_of_the_walk_through_is_the_code_of_the_package():
+    sources = [path.read_text() for folder in ("lit_distill", "tests") for path in (ROOT / folder).rglob("*.py")]
+    blocks = [body for lang, body in FENCE.findall((ROOT / "docs/add-a-method.md").read_text()) if lang == "python"]
+    assert len(blocks) == 4
+    for block in blocks:
+        assert any(block.rstrip() in source for source in sources), block.splitlines()[0]

@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from lit_distill.core.errors import UsageError
-from lit_distill.core.projectors import AttentionFusion, connector, hint_regressor, variational_regressor
+from lit_distill.core.projectors import (
+    AttentionFusion,
+    MapToTokens,
+    TokensToMap,
+    connector,
+    hint_regressor,
+    token_grid,
+    variational_regressor,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from lit_distill.image.models.mobilenet import MobileNetV2CIFAR
 from lit_distill.image.models.resnet import ResNetCIFAR
 from lit_distill.image.models.shufflenet import ShuffleNetV1CIFAR, ShuffleNetV2CIFAR
 from lit_distill.image.models.small import MLP, ConvNet, LeNet
+from lit_distill.image.models.timm_classifier import TimmClassifier
 from lit_distill.image.models.vgg import VGG
 from lit_distill.image.models.wide_resnet import WideResNet
 
@@ -21,5 +22,6 @@ __all__ = [
     "ResNetCIFAR",
     "ShuffleNetV1CIFAR",
     "ShuffleNetV2CIFAR",
+    "TimmClassifier",
     "WideResNet",
 ]
