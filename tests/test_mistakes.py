@@ -62,6 +62,31 @@ TEACHER = """\
 """
 KD = JOB.replace("image.Supervised", "image.KD").replace("    optimizer:\n", TEACHER)
 FITNETS = JOB.replace("image.Supervised", "image.FitNets").replace("    optimizer:\n", TEACHER)
+# The same for other methods: their files are named after them, in small letters.
+METHODS = (
+    "AB",
+    "BAN",
+    "BDKD",
+    "CRD",
+    "CTKD",
+    "DefensiveDistillation",
+    "DKD",
+    "DML",
+    "NST",
+    "OFA",
+    "RKD",
+    "TfKD",
+    "VID",
+)
+TEACHERS = JOB.replace("image.Supervised", "image.MultiTeacherKD").replace(
+    "    optimizer:\n",
+    """\
+    teachers:
+    - {class_path: lit_distill.core.pretrained, init_args: {weights: runs/demo/teacher}}
+    - {class_path: lit_distill.image.models.MLP, init_args: {in_features: 64, num_classes: 7, hidden: [8]}}
+    optimizer:
+""",
+)
 CIFAR = """\
 model:
   class_path: lit_distill.image.Supervised
@@ -98,6 +123,9 @@ def finished(tmp_path_factory):
     try:
         for name, text in {"job": JOB, "kd": KD, "fitnets": FITNETS, "cifar": CIFAR, "recipe": RECIPE}.items():
             Path(f"{name}.yaml").write_text(text)
+        for name in METHODS:
+            Path(f"{name.lower()}.yaml").write_text(KD.replace("image.KD", f"image.{name}"))
+        Path("teachers.yaml").write_text(TEACHERS)
         assert main(shlex.split("fit -c job.yaml --run.experiment demo --run.name teacher")) == 0
     finally:
         os.chdir(before)
@@ -369,6 +397,29 @@ MISTAKES = [
     # Values that make no sense.
     Mistake("diverged", f"{FIT} --model.optimizer.lr 1e30", 1, ("train/ce is nan", "learning rate", "gradient_clip")),
     Mistake("temperature", "fit -c kd.yaml --model.temperature 0", 2, ("temperature is 0", "above 0")),
+    *(
+        Mistake(
+            f"temperature of {name}", f"fit -c {name}.yaml --model.temperature 0.0", 2, ("temperature is 0", "above 0")
+        )
+        for name in ("dkd", "tfkd", "ofa", "bdkd", "defensivedistillation")
+    ),
+    Mistake(
+        "relation tap", "fit -c rkd.yaml --model.student_tap layr1", 2, ("'layr1' is not a module of MLP", "layer1")
+    ),
+    Mistake("maps of a perceptron", "fit -c nst.yaml", 2, ("nst", "'layer1' has shape (8,)", "(C, H, W)")),
+    Mistake(
+        "unpaired taps", "fit -c vid.yaml --model.teacher_taps [layer1,linear]", 2, ("1 student taps", "2 teacher taps")
+    ),
+    Mistake("negatives", "fit -c crd.yaml --model.negatives 0", 2, ("negatives is 0", "1 or more")),
+    Mistake("exponent", "fit -c ofa.yaml --model.exponent 0.5", 2, ("exponent is 0.5", "1 or more")),
+    Mistake("teachers of other classes", "fit -c teachers.yaml", 2, ("10, 7 classes", "same classes")),
+    Mistake(
+        "one teacher",
+        "fit -c teachers.yaml --model.teachers "
+        """'[{"class_path": "lit_distill.core.pretrained", "init_args": {"weights": "runs/demo/teacher"}}]'""",
+        2,
+        ("model.teachers holds 1 network", "two or more"),
+    ),
     Mistake(
         "schedule",
         "fit -c kd.yaml --model.temperature lit_distill.core.Linear --model.temperature.start 1.0 "

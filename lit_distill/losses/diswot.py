@@ -24,7 +24,7 @@ def head_gradient(
         embedding: f (B, D), what the last linear layer reads.
         labels: y (B,).
     """
-    residual = logits.softmax(1) - F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    residual = logits.softmax(1) - torch.zeros_like(logits).scatter(1, labels[:, None], 1.0)
     return residual.T @ embedding / len(labels)
 
 

@@ -28,8 +28,10 @@ def hint_mse(
     Reference: Romero et al., FitNets: Hints for Thin Deep Nets, 2015, arXiv 1412.6550 (the paper halves the sum of
     squares; the mean is what later comparisons weigh with beta = 100).
     """
-    difference = student_feature.float() - teacher_feature.detach().float()
-    return reduce(difference.square().flatten(1).mean(1), reduction)
+    student_feature, teacher_feature = student_feature.float(), teacher_feature.detach().float()
+    if reduction == "batchmean":
+        return F.mse_loss(student_feature, teacher_feature)  # the same mean, in one pass
+    return reduce(F.mse_loss(student_feature, teacher_feature, reduction="none").flatten(1).mean(1), reduction)
 
 
 def attention_map(feature: Float[Tensor, "b c h w"], *, power: float = 2.0) -> Float[Tensor, "b hw"]:
@@ -44,7 +46,10 @@ def attention_map(feature: Float[Tensor, "b c h w"], *, power: float = 2.0) -> F
     Returns:
         (B, H * W), rows of unit length (a zero map stays zero).
     """
-    return F.normalize(feature.float().abs().pow(power).mean(1).flatten(1), dim=1)
+    feature = feature.float()
+    powers = feature.square() if power == 2 else feature.abs().pow(power)
+    # As a sum: the gradient of a mean is written out for each element, that of a sum is a view.
+    return F.normalize((powers.sum(1) / feature.shape[1]).flatten(1), dim=1)
 
 
 def attention_transfer(

@@ -37,9 +37,10 @@ def variational_information(
 
     Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer, 2019, arXiv 1904.05835.
     """
-    variance = variance.view(-1, 1, 1)
-    value = 0.5 * ((student_mean - teacher_feature.detach()).square() / variance + variance.log())
-    return reduce(value.flatten(1).mean(1), reduction)
+    # One variance for a whole channel: what it divides is the channel's mean square.
+    squares = F.mse_loss(student_mean, teacher_feature.detach(), reduction="none").sum((2, 3))
+    value = 0.5 * (squares / (variance * student_mean[0, 0].numel()) + variance.log())
+    return reduce(value.mean(1), reduction)
 
 
 @in_float32
@@ -70,7 +71,7 @@ def factor_transfer(
     """
     student, teacher = on_smaller_grid(student_factor, teacher_factor.detach())
     difference = F.normalize(student.flatten(1), dim=1) - F.normalize(teacher.flatten(1), dim=1)
-    return reduce(difference.abs().mean(1), reduction)
+    return reduce(difference.abs().sum(1) / difference.shape[1], reduction)  # a sum as in `_mean_square`
 
 
 @in_float32
@@ -119,8 +120,7 @@ def flow_of_solution(
     Transfer Learning, CVPR 2017 (the paper sums; the mean is what public code computes).
     """
     teacher = flow_matrix(teacher_first.detach(), teacher_second.detach())
-    difference = flow_matrix(student_first, student_second) - teacher
-    return reduce(difference.square().flatten(1).mean(1), reduction)
+    return reduce(_mean_square(flow_matrix(student_first, student_second) - teacher), reduction)
 
 
 @in_float32
@@ -147,8 +147,8 @@ def activation_boundary(
     Reference: Heo, Lee, Yun, Choi, Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
     Neurons, 2018, arXiv 1811.03233.
     """
-    toward = torch.where(teacher_feature.detach() > 0, margin - student_feature, margin + student_feature)
-    return reduce(toward.relu().square().flatten(1).sum(1), reduction)
+    side = torch.where(teacher_feature.detach() > 0, 1.0, -1.0)
+    return reduce((margin - side * student_feature).relu().square().flatten(1).sum(1), reduction)
 
 
 @in_float32
@@ -212,7 +212,7 @@ def partial_l2(
     """
     teacher = teacher_feature.detach()
     skipped = (student_feature <= teacher) & (teacher <= 0)
-    value = torch.where(skipped, 0.0, (student_feature - teacher).square())
+    value = torch.where(skipped, 0.0, F.mse_loss(student_feature, teacher, reduction="none"))
     return reduce(value.flatten(1).sum(1), reduction)
 
 
@@ -242,12 +242,12 @@ def hierarchical_context(
     """
     # Pooling is linear: what is pooled is the difference.
     difference = student_feature - teacher_feature.detach()
-    value, weight, total = difference.square().flatten(1).mean(1), 1.0, 1.0
+    value, weight, total = _mean_square(difference), 1.0, 1.0
     for size in (4, 2, 1):
         if size < min(difference.shape[-2:]):
             weight /= 2
             total += weight
-            value = value + weight * F.adaptive_avg_pool2d(difference, size).square().flatten(1).mean(1)
+            value = value + weight * _mean_square(F.adaptive_avg_pool2d(difference, size))
     return reduce(value / total, reduction)
 
 
@@ -258,3 +258,9 @@ def on_smaller_grid(first: Float[Tensor, "b c1 h1 w1"], second: Float[Tensor, "b
         return first, second
     grid = (min(h_1, h_2), min(w_1, w_2))
     return F.adaptive_avg_pool2d(first, grid), F.adaptive_avg_pool2d(second, grid)
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    """Mean square of each sample's elements (B,)."""
+    # As a sum: the gradient of a mean is written out for each element, that of a sum is a view.
+    return difference.square().flatten(1).sum(1) / difference.shape[1:].numel()

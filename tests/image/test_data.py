@@ -26,7 +26,7 @@ from lit_distill.image.data import (
     LabelledImages,
     MNIST5kDataModule,
 )
-from lit_distill.image.data.in_memory import stratified_order
+from lit_distill.image.data.in_memory import randomize_labels, stratified_order
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -118,6 +118,8 @@ def test_smaller_subset_lies_inside_the_larger_and_leaves_evaluation_alone():
         ({"val_size": 48}, ["data.val_size", "60", "none"]),
         ({"mean": (0.1, 0.2)}, ["data.mean", "2 values", "3"]),
         ({"std": (0.1, 0.0, 0.1)}, ["data.std", "positive"]),
+        ({"label_noise": 1.5}, ["data.label_noise: 1.5"]),
+        ({"label_noise": -0.1}, ["data.label_noise: -0.1"]),
         ({"batch_size": 37}, ["data.batch_size: 37", "36 training samples"]),
     ],
 )
@@ -151,6 +153,29 @@ def test_data_that_do_not_fit_are_refused_in_one_line(images, labels, words):
     with pytest.raises(UsageError) as caught:
         Stripes(pool=tuple.__new__(LabelledImages, (images, labels))).setup()
     one_line(caught, *words)
+
+
+def test_label_noise_replaces_its_share_of_the_training_labels_only():
+    # 40 % of 36 are 14; a random label is the old one by a chance of 1/3.
+    clean, noisy, again = Stripes(), Stripes(label_noise=0.4), Stripes(label_noise=0.4, seed=5)
+    changed = noisy.part("train").labels != clean.part("train").labels
+    assert 4 <= int(changed.sum()) <= 14
+    assert torch.equal(noisy.part("train").images, clean.part("train").images)
+    for part in ("val", "test"):
+        assert torch.equal(noisy.part(part).labels, clean.part(part).labels)
+    assert torch.equal(again.part("train").labels, noisy.part("train").labels)
+    assert torch.equal(noisy.train_labels(), noisy.part("train").labels)
+    other = Stripes(label_noise=0.4, split_seed=1).part("train").labels
+    assert not torch.equal(other, noisy.part("train").labels)
+
+
+def test_random_labels_are_uniform_over_all_classes_and_no_more_than_asked_for():
+    labels = torch.zeros(20_000, dtype=torch.long)
+    counts = randomize_labels(labels, 0.3, 5, seed=0).bincount()
+    # 6,000 drawn, 1,200 of each class with a standard deviation of 31; class 0 has the 14,000 others too.
+    assert (counts - torch.tensor([15_200, 1200, 1200, 1200, 1200])).abs().max() < 125
+    assert labels.count_nonzero() == 0
+    assert torch.equal(randomize_labels(labels, 0.0, 5, seed=0), labels)
 
 
 # ---- loaders ---------------------------------------------------------------------------------------------------------
@@ -241,12 +266,13 @@ def test_fingerprint_changes_with_data_and_transform():
         Stripes(mean=(0.1,)),
         Stripes(train_size=20),
         Stripes(split_seed=1),
+        Stripes(label_noise=0.2),
         Stripes(pool=LabelledImages(pixel, pool.labels)),
         Stripes(pool=LabelledImages(pool.images, label)),
     ]
     prints = [data.fingerprint() for data in variants]
     assert len({str(found) for found in prints}) == len(variants)
-    assert [found["random"] for found in prints] == [False, True] + [False] * 5
+    assert [found["random"] for found in prints] == [False, True] + [False] * 6
     assert prints[0]["samples"] == 36
     assert Stripes(seed=5).fingerprint() == prints[0]
 

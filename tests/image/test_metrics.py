@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
-from lit_distill.image.metrics import classification_metrics, reliability
+from lit_distill.image.metrics import CalibrationError, TemperatureScaling, classification_metrics, reliability
 
 
 def updated(logits, labels, batch=7):
@@ -27,6 +28,14 @@ def ece_by_hand(probabilities, labels):
         if inside.any():
             error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     return error
+
+
+def bins_by_hand(probabilities, hits):
+    """Share of the samples and |frequency - mean probability| in each bin of equal width that is not empty."""
+    for low in range(15):
+        inside = (probabilities >= low / 15) & ((probabilities < (low + 1) / 15) | (low == 14))
+        if inside.any():
+            yield inside.mean(), abs(hits[inside].mean() - probabilities[inside].mean())
 
 
 def test_accuracy_and_likelihood_equal_scikit_learns(answers):
@@ -87,3 +96,92 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_above():
     # Three classes equally likely: confidence 1/3 = 5/15, the lower edge of bin 5.
     # (Not zeros: torchmetrics takes logits that all lie between 0 and 1 for probabilities.)
     assert reliability(updated(torch.full((4, 3), 2.0), torch.tensor([0, 1, 2, 0])))["count"][5] == 4.0
+
+
+def test_validation_stays_light():
+    assert set(classification_metrics(5, prefix="val/")) == {"val/acc", "val/ece", "val/nll"}
+    assert {"test/teacher_mce", "test/teacher_brier"} < set(classification_metrics(5, prefix="test/teacher_"))
+
+
+def test_brier_score_equals_scikit_learns(answers):
+    logits, labels = answers
+    expected = brier_score_loss(labels, logits.double().softmax(1).numpy(), labels=range(5))
+    assert float(updated(logits, labels).compute()["test/brier"]) == pytest.approx(expected, rel=1e-5)
+    worst = updated(torch.tensor([[90.0, 0.0]]), torch.tensor([1])).compute()["test/brier"]
+    assert float(worst) == pytest.approx(2.0)
+
+
+def test_worst_bin_equals_a_loop_over_bins(answers):
+    logits, labels = answers
+    probabilities = logits.double().softmax(1).numpy()
+    hits = probabilities.argmax(1) == labels.numpy()
+    expected = max(gap for _, gap in bins_by_hand(probabilities.max(1), hits))
+    assert float(updated(logits, labels).compute()["test/mce"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_adaptive_error_equals_a_loop_over_bins_of_equal_mass(answers):
+    logits, labels = answers[0][:195], answers[1][:195]
+    probabilities = logits.double().softmax(1).numpy()
+    order = probabilities.max(1).argsort()
+    hits, confidence = (probabilities.argmax(1) == labels.numpy())[order], probabilities.max(1)[order]
+    expected = sum(
+        abs(h.mean() - c.mean()) / 15 for h, c in zip(np.split(hits, 15), np.split(confidence, 15), strict=True)
+    )
+    assert float(updated(logits, labels).compute()["test/ece_adaptive"]) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(ece_by_hand(probabilities, labels.numpy()), rel=1e-3)
+
+
+def test_classwise_error_equals_a_loop_over_classes_and_bins(answers):
+    logits, labels = answers
+    probabilities = logits.double().softmax(1).numpy()
+    expected = np.mean(
+        [sum(share * gap for share, gap in bins_by_hand(probabilities[:, k], labels.numpy() == k)) for k in range(5)]
+    )
+    assert float(updated(logits, labels).compute()["test/ece_classwise"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_labels_drawn_from_the_forecast_give_errors_that_vanish():
+    generator = torch.Generator().manual_seed(1)
+    errors = {}
+    for count in (400, 40_000):
+        logits = 2 * torch.randn(count, 4, generator=generator)
+        labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+        errors[count] = updated(logits, labels, batch=1000).compute()
+    for name in ("ece", "ece_adaptive", "ece_classwise"):
+        assert float(errors[40_000][f"test/{name}"]) < 0.01
+        # Ten times the samples squared: a tenth of the error, give or take chance.
+        assert float(errors[40_000][f"test/{name}"]) < 0.3 * float(errors[400][f"test/{name}"])
+
+
+def test_constant_confidence_errs_by_its_distance_to_the_accuracy():
+    # Confidence 0.7 on class 0, which is right for 50 of 150.
+    logits = torch.tensor([[0.7, 0.3]]).log().expand(150, 2)
+    values = updated(logits, torch.tensor([0, 1, 1] * 50)).compute()
+    for name in ("ece", "mce", "ece_classwise"):
+        assert float(values[f"test/{name}"]) == pytest.approx(0.7 - 1 / 3, rel=1e-5)
+    # Ties are cut in the order of the data: bins of ten samples with 3 or 4 right, all below 0.7.
+    assert float(values["test/ece_adaptive"]) == pytest.approx(0.7 - 1 / 3, rel=1e-5)
+
+
+def test_temperature_is_the_one_that_scipy_finds_and_calibrates(answers):
+    generator = torch.Generator().manual_seed(2)
+    truth = torch.randn(6000, 5, generator=generator)
+    labels = torch.multinomial(truth.softmax(1), 1, generator=generator)[:, 0]
+    logits = 3.0 * truth  # three times too sure
+    scaling, expected = TemperatureScaling(), CalibrationError(5)
+    with torch.inference_mode():  # as evaluation runs
+        for x, y in zip((logits + 0).split(1000), labels.split(1000), strict=True):
+            scaling.update(x, y)
+        temperature = float(scaling.compute())
+
+    def likelihood(t):
+        return log_loss(labels, (logits.double() / t).softmax(1).numpy())
+
+    assert temperature == pytest.approx(minimize_scalar(likelihood, bounds=(0.5, 9), method="bounded").x, rel=1e-3)
+    assert temperature == pytest.approx(3.0, rel=0.06)
+    recalibrated = CalibrationError(5, temperature=temperature)
+    for metric in (recalibrated, expected):
+        metric.update(logits, labels)
+    by_hand = ece_by_hand((logits.double() / temperature).softmax(1).numpy(), labels.numpy())
+    assert float(recalibrated.compute()) == pytest.approx(by_hand, rel=1e-3)
+    assert float(recalibrated.compute()) < 0.03 < 0.2 < float(expected.compute())

@@ -6,6 +6,7 @@ import torch
 from lit_distill.core.projectors import AttentionFusion
 from lit_distill.losses import attention_transfer, forward_kl, hint_mse
 from lit_distill.losses.contrastive import contrastive_nce, contrastive_normalizer, memory_similarity
+from lit_distill.losses.logits import pearson_relation, standardize_logits
 from lit_distill.losses.maps import (
     activation_boundary,
     factor_transfer,
@@ -183,3 +184,22 @@ def test_contrast_with_a_memory_is_its_crd():
     outputs, known = io(student, teacher)
     outputs["e"] = {"input": {"pos_idx": rows[:, 0], "contrast_idx": rows}}
     torch.testing.assert_close(ours, theirs(outputs, known).squeeze())
+
+
+# ---- logits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(1.0, 1.0, 1.0), (4.0, 2.0, 0.0), (4.0, 0.0, 3.0)])
+def test_pearson_relation_is_its_dist(logits, options):
+    tau, beta, gamma = options
+    theirs = mid_level.DISTLoss("s", "output", "t", "output", beta=beta, gamma=gamma, tau=tau)(*io(*logits))
+    ours = pearson_relation(*logits, temperature=tau, inter_weight=beta, intra_weight=gamma)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_kd_of_standardized_logits_is_its_logit_std_kd(logits):
+    labels = torch.randint(10, (6,))
+    loss = mid_level.LogitStdKDLoss("s", "output", "t", "output", temperature=2.0, alpha=0.1, beta=9.0)
+    ours = 9 * forward_kl(*(standardize_logits(x) for x in logits), temperature=2.0)
+    ours = ours + 0.1 * torch.nn.functional.cross_entropy(logits[0], labels)
+    torch.testing.assert_close(ours, loss(*io(*logits), labels))

@@ -51,6 +51,10 @@ class InMemoryImageDataModule(ImageDataModule):
         val_size: Samples to take out for validation; 0 for none.
         mean: Mean per channel, of pixels / 255. None takes the data set's own.
         std: Standard deviation per channel, likewise.
+        label_noise: Share of the training labels to replace by uniformly random ones, which may be the same again.
+            Seeded by `split_seed`; validation and test labels stay as they are.
+        label_groups: Classes to merge, such as [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]: a sample's label becomes the number
+            of the group that holds its class. Parts hold the same images as without.
         kwargs: See `ImageDataModule`.
 
     Attributes:
@@ -68,11 +72,16 @@ class InMemoryImageDataModule(ImageDataModule):
         val_size: int,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        label_noise: float = 0.0,
+        label_groups: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if val_size < 0:
             raise UsageError(f"data.val_size: {val_size} is not a number of samples; give 0 or more")
+        if not 0 <= label_noise <= 1:
+            raise UsageError(f"data.label_noise: {label_noise} is not a share; give 0 to 1")
+        self.label_noise = label_noise
         self.val_size = val_size
         own_mean, own_std = self.statistics
         self.normalize = Normalize(tuple(mean or own_mean), tuple(std or own_std))
@@ -82,6 +91,11 @@ class InMemoryImageDataModule(ImageDataModule):
         if min(self.normalize.std) <= 0:
             raise UsageError(f"data.std: {list(self.normalize.std)} must be positive")
         self._parts: dict[str, LabelledImages] = {}
+        self._own_classes = self.num_classes
+        self.label_groups = label_groups
+        if label_groups is not None:
+            _check_groups(label_groups, self._own_classes)
+            self.num_classes = len(label_groups)
 
     @abstractmethod
     def read(self) -> ImageSource:
@@ -99,7 +113,7 @@ class InMemoryImageDataModule(ImageDataModule):
         source = self.read()
         for name, part in (("training", source.pool), ("test", source.test)):
             if part is not None:
-                _check(part, name, self.num_classes, self.sample_shape)
+                _check(part, name, self._own_classes, self.sample_shape)
         pool, test = source.pool, source.test
         taken = self.val_size + (self.test_size if test is None else 0)
         available = len(pool.labels) - taken
@@ -118,9 +132,18 @@ class InMemoryImageDataModule(ImageDataModule):
             parts["test"] = test
         elif self.test_size:
             parts["test"] = _part(pool, order[self.val_size : taken])
+        self._fine_labels = parts["train"].labels
+        self.classes = source.classes
+        if self.label_groups is not None:
+            # After the split, so that a run with groups sees the same images as one without.
+            parts = {name: _grouped(part, self.label_groups) for name, part in parts.items()}
+            self.classes = tuple("+".join(source.classes[own] for own in group) for group in self.label_groups)
         if parts["train"].labels.min() == parts["train"].labels.max():
             raise UsageError("data: the training set has one class only; a classifier needs two or more")
-        self.classes = source.classes
+        if self.label_noise:
+            images, labels = parts["train"]
+            noisy = randomize_labels(labels, self.label_noise, self.num_classes, self.split_seed)
+            parts["train"] = LabelledImages(images, noisy)
         self._parts = parts
 
     def has_part(self, part: str) -> bool:
@@ -145,6 +168,11 @@ class InMemoryImageDataModule(ImageDataModule):
     def train_labels(self) -> Int[Tensor, " n"]:
         """Returns the labels of the training part by sample index."""
         return self.part("train").labels
+
+    def train_fine_labels(self) -> Int[Tensor, " n"]:
+        """Returns the data set's own labels of the training part, before `label_groups` and `label_noise`."""
+        self.setup()
+        return self._fine_labels
 
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
@@ -202,9 +230,46 @@ def stratified_order(labels: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
     return grouped[place.argsort(stable=True)]
 
 
+def randomize_labels(labels: Int[Tensor, " n"], share: float, num_classes: int, seed: int) -> Int[Tensor, " n"]:
+    """Replaces a share of the labels by uniformly random ones.
+
+    Args:
+        labels: Class numbers.
+        share: Which part of them, 0 to 1; rounded to whole samples.
+        num_classes: K.
+        seed: Seed of the choice and of the new labels.
+
+    Returns:
+        The labels, a copy.
+    """
+    generator = torch.Generator().manual_seed(derived_seed("label noise", seed))
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    drawn = torch.randint(num_classes, (len(chosen),), generator=generator)
+    return labels.index_copy(0, chosen, drawn)
+
+
 def _part(source: LabelledImages, positions: Tensor) -> LabelledImages:
     positions = positions.sort().values
     return LabelledImages(take_samples(source.images, positions), source.labels[positions])
+
+
+def _grouped(part: LabelledImages, groups: list[list[int]]) -> LabelledImages:
+    group_of = torch.empty(sum(map(len, groups)), dtype=torch.long)
+    for number, group in enumerate(groups):
+        group_of[torch.tensor(group)] = number
+    return LabelledImages(part.images, group_of[part.labels])
+
+
+def _check_groups(groups: list[list[int]], num_classes: int) -> None:
+    grouped = [own for group in groups for own in group]
+    for own in sorted({*grouped, *range(num_classes)}):
+        if grouped.count(own) != 1 or not 0 <= own < num_classes:
+            raise UsageError(
+                f"data.label_groups: class {own} stands in {grouped.count(own)} groups; each class from 0 to "
+                f"{num_classes - 1} must stand in one"
+            )
+    if not all(groups):
+        raise UsageError(f"data.label_groups: group {groups.index([])} is empty; leave it out")
 
 
 def _check(part: LabelledImages, name: str, num_classes: int, sample_shape: tuple[int, int, int]) -> None:
