@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_distill.image.data import (
-        CIFAR100DataModule,
         CIFAR10DataModule,
+        CIFAR100DataModule,
         DigitsDataModule,
         ImageBatch,
         ImageFolderDataModule,

@@ -180,8 +180,8 @@ class ImageDistiller(Distiller):
             loss.resolve(self.student, self.student if self.teacher is None else self.teacher)
         self._student_taps = FeatureTaps(self.student, [tap for loss in self._losses() for tap in loss.student_taps])
         logits, student_shapes = probe(self.student, data.sample_shape, self._student_taps.names)
-        self.num_classes = _classes(logits, self.student, "student")
-        _check_classes("student", self.num_classes, data.num_classes)
+        self.num_classes = count_classes(logits, self.student, "student")
+        check_classes("student", self.num_classes, data.num_classes)
         teacher_shapes: dict[str, tuple[int, ...]] = {}
         if self.teacher is not None:
             freeze(self.teacher)
@@ -191,7 +191,7 @@ class ImageDistiller(Distiller):
                 self.teacher, [tap for loss in self._losses() for tap in loss.teacher_taps]
             )
             logits, teacher_shapes = probe(self.teacher, data.sample_shape, self._teacher_taps.names)
-            _check_classes("teacher", _classes(logits, self.teacher, "teacher"), data.num_classes)
+            check_classes("teacher", count_classes(logits, self.teacher, "teacher"), data.num_classes)
         labels = getattr(data, "train_labels", _no_labels)
         shapes = Shapes(student_shapes, teacher_shapes, self.num_classes, labels)
         for loss in self._losses():
@@ -319,14 +319,24 @@ def _detached(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.detach(), {name: feature.detach() for name, feature in outputs.features.items()})
 
 
-def _classes(logits: Any, network: nn.Module, role: str) -> int:
+def count_classes(logits: Any, network: nn.Module, role: str) -> int:
+    """Returns the number of classes in a network's output.
+
+    Raises:
+        UsageError: The output is not logits (B, K).
+    """
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"model.{role}: {type(network).__name__} returns {shape}; a classifier returns logits (B, K)")
     return logits.shape[1]
 
 
-def _check_classes(role: str, found: int, wanted: int) -> None:
+def check_classes(role: str, found: int, wanted: int) -> None:
+    """Checks that a network has as many classes as the data.
+
+    Raises:
+        UsageError: It has not.
+    """
     if found != wanted:
         raise UsageError(
             f"model.{role} has {found} classes, the data has {wanted}; "

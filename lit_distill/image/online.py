@@ -12,7 +12,7 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.schedules import Schedule, value_at
 from lit_distill.core.taps import probe
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.distillation import ImageDistiller, _check_classes, _classes
+from lit_distill.image.distillation import ImageDistiller, check_classes, count_classes
 from lit_distill.image.metrics import CalibrationError, TemperatureScaling, classification_metrics
 
 
@@ -80,8 +80,8 @@ class OnlineDistiller(ImageDistiller):
         """Probes all networks on the data's sample shape, checks that they fit, and builds the metrics of each."""
         data = self._data()
         for name, network in self.networks.items():
-            found = _classes(probe(network, data.sample_shape)[0], network, name)
-            _check_classes(name, found, data.num_classes)
+            found = count_classes(probe(network, data.sample_shape)[0], network, name)
+            check_classes(name, found, data.num_classes)
         self.num_classes = data.num_classes
         self.val_metrics = classification_metrics(self.num_classes, prefix="val/")
         self.test_metrics = classification_metrics(self.num_classes, prefix="test/")

@@ -15,7 +15,8 @@ def memory_similarity(
 
     All B N products are computed and the chosen ones picked. Gathering the rows first needs B K D numbers (537 MB for
     B = 64, K = 16384, D = 128); this needs B N and runs at the speed of a matrix product (13 MB for the N = 50,000
-    images of CIFAR, 328 MB for the 1.3 million of ImageNet).
+    images of CIFAR, 328 MB for the 1.3 million of ImageNet). Besides, the caller keeps a copy of the memory for the
+    backward pass.
 
     Args:
         embedding: (B, D).

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
+from lit_distill.experiment.recipe import read_recipe
 from lit_distill.image.methods.ban import BAN
 
 
@@ -69,3 +72,11 @@ def test_defaults_are_the_teacher_alone(tiny):
 def test_a_variant_that_is_not_there_is_refused(tiny):
     with pytest.raises(Exception, match=r"cwtm"):
         BAN(tiny(), tiny(), "max")
+
+
+def test_no_student_of_the_recipe_has_the_seed_of_its_teacher(tmp_path):
+    # The same seed is the same initialization and order of batches: the student would be a copy.
+    jobs = read_recipe(str(Path(__file__).parents[2] / "configs/recipes/born_again.yaml")).jobs(tmp_path)
+    pairs = [(job.seed, need.seed) for job in jobs for need in job.needs]
+    assert len(pairs) == 32
+    assert all(student != teacher for student, teacher in pairs)

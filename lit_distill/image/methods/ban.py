@@ -18,9 +18,12 @@ class BAN(ImageDistiller):
         L_g = \mathrm{KL}(p^t \,\|\, p^s) \; (T = 1)
 
     Generations are stages of a recipe (configs/recipes/born_again.yaml); that student and teacher are alike is left to
-    the configuration. Two variants take the teacher's message apart. "cwtm" keeps how sure it is: the cross-entropy on
-    labels, weighted by its largest probability. "dkpp" keeps all but which of the other classes it means: they are
-    shuffled, anew at each step.
+    the configuration, and so is that their seeds differ. With the same seed the student starts where its teacher did,
+    and becomes a copy of it.
+
+    Two variants take the teacher's message apart. "cwtm" keeps how sure it is: the cross-entropy on labels, weighted
+    by its largest probability. "dkpp" keeps all but which of the other classes it means: they are shuffled, anew at
+    each step.
 
     Args:
         student: The classifier to train.
