@@ -136,7 +136,8 @@ class Recipe:
         contents = [path.read_text(encoding="utf-8") for path in stage.configs]
         upstream = {name: job.key for name, job in needs.items()}
         identity = json.dumps([contents, dict(stage.overrides), seed, upstream], sort_keys=True)
-        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        # A letter first: a hash such as 7437084632550e54 would be read as a number.
+        key = "r" + hashlib.sha256(identity.encode()).hexdigest()[:15]
         folder = root / self.experiment / f"{stage.name}-s{seed}"
         words = ["fit", *(f"--config={_relative(path)}" for path in stage.configs)]
         words += [f"--{name}={value}" for name, value in overrides.items()]

@@ -23,7 +23,7 @@ def in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
-            return loss(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})  # type: ignore[arg-type]
+            return loss(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
 
     return wrapped
 

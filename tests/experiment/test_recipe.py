@@ -159,6 +159,13 @@ def test_a_changed_teacher_changes_the_keys_of_all_that_depend_on_it_and_no_othe
     assert {name for name in before if before[name] != after[name]} == {"teacher-s5", "peer-s0", "kd-s0"}
 
 
+def test_a_key_is_never_read_as_a_number(write, folder):
+    stages = {"a": {"configs": ["method.yaml"], "seeds": list(range(300))}}
+    keys = [job.key for job in read_recipe(write({"experiment": "keys", "stages": stages})).jobs(folder)]
+    assert len(set(keys)) == 300
+    assert all(key[0].isalpha() for key in keys)
+
+
 def test_a_changed_configuration_file_changes_the_key(write, folder):
     plan = write(CHAIN)
     before = [job.key for job in read_recipe(plan).jobs(folder)]
