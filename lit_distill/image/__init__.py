@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_distill.image.cka import linear_cka
     from lit_distill.image.data import (
         CIFAR10DataModule,
         CIFAR100DataModule,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         ImageFolderDataModule,
         MNIST5kDataModule,
     )
+    from lit_distill.image.data.text import TextFeaturesDataModule
     from lit_distill.image.distillation import DistillationLoss, ImageDistiller, Outputs, Shapes, Term
     from lit_distill.image.ensemble import Ensemble
     from lit_distill.image.losses.ab import ActivationBoundary
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from lit_distill.image.losses.exits import OneForAll, OneForAllLogits, SelfDistillation
     from lit_distill.image.losses.fsp import FlowOfSolution
     from lit_distill.image.losses.ft import FactorTransfer
+    from lit_distill.image.losses.lelp import SubclassCrossEntropy
     from lit_distill.image.losses.logits import (
         ConfidenceWeighted,
         CurriculumTemperature,
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from lit_distill.image.methods.ft import FT
     from lit_distill.image.methods.ickd import ICKD
     from lit_distill.image.methods.kd import KD
+    from lit_distill.image.methods.lelp import LELP
     from lit_distill.image.methods.ls import LS
     from lit_distill.image.methods.mlkd import MLKD
     from lit_distill.image.methods.multi_teacher import MultiTeacherKD
@@ -82,6 +86,13 @@ if TYPE_CHECKING:
     from lit_distill.image.methods.vid import VID
     from lit_distill.image.online import OnlineDistiller
     from lit_distill.image.robustness import AdversarialEvaluation
+    from lit_distill.image.subclasses import (
+        KMeansClusters,
+        KnownSubclasses,
+        PrincipalDirections,
+        RandomProjections,
+        SubclassClassifier,
+    )
 
 _MODULES = {
     "AB": "methods.ab",
@@ -104,6 +115,7 @@ _MODULES = {
     "FT": "methods.ft",
     "ICKD": "methods.ickd",
     "KD": "methods.kd",
+    "LELP": "methods.lelp",
     "LS": "methods.ls",
     "MLKD": "methods.mlkd",
     "MultiTeacherKD": "methods.multi_teacher",
@@ -145,15 +157,22 @@ _MODULES = {
     "SelfDistillation": "losses.exits",
     "SemanticSimilarity": "losses.diswot",
     "SimilarityPreserving": "losses.relations",
+    "SubclassCrossEntropy": "losses.lelp",
     "VariationalInformation": "losses.vid",
     "VirtualTeacher": "losses.logits",
     "AdversarialEvaluation": "robustness",
     "DistillationLoss": "distillation",
     "Ensemble": "ensemble",
     "ImageDistiller": "distillation",
+    "KMeansClusters": "subclasses",
+    "KnownSubclasses": "subclasses",
+    "linear_cka": "cka",
     "OnlineDistiller": "online",
     "Outputs": "distillation",
+    "PrincipalDirections": "subclasses",
+    "RandomProjections": "subclasses",
     "Shapes": "distillation",
+    "SubclassClassifier": "subclasses",
     "Term": "distillation",
     "CIFAR100DataModule": "data",
     "CIFAR10DataModule": "data",
@@ -161,6 +180,7 @@ _MODULES = {
     "ImageBatch": "data",
     "ImageFolderDataModule": "data",
     "MNIST5kDataModule": "data",
+    "TextFeaturesDataModule": "data.text",
 }
 
 __all__ = [  # noqa: RUF022 (methods first, then losses, base, data)
@@ -184,6 +204,7 @@ __all__ = [  # noqa: RUF022 (methods first, then losses, base, data)
     "FT",
     "ICKD",
     "KD",
+    "LELP",
     "LS",
     "MLKD",
     "MultiTeacherKD",
@@ -225,15 +246,22 @@ __all__ = [  # noqa: RUF022 (methods first, then losses, base, data)
     "SelfDistillation",
     "SemanticSimilarity",
     "SimilarityPreserving",
+    "SubclassCrossEntropy",
     "VariationalInformation",
     "VirtualTeacher",
     "AdversarialEvaluation",
     "DistillationLoss",
     "Ensemble",
     "ImageDistiller",
+    "KMeansClusters",
+    "KnownSubclasses",
+    "linear_cka",
     "OnlineDistiller",
     "Outputs",
+    "PrincipalDirections",
+    "RandomProjections",
     "Shapes",
+    "SubclassClassifier",
     "Term",
     "CIFAR100DataModule",
     "CIFAR10DataModule",
@@ -241,6 +269,7 @@ __all__ = [  # noqa: RUF022 (methods first, then losses, base, data)
     "ImageBatch",
     "ImageFolderDataModule",
     "MNIST5kDataModule",
+    "TextFeaturesDataModule",
 ]
 
 

@@ -5,6 +5,7 @@ the module whose output is the feature vector (b, d) that the last linear layer 
 field's common code (Tian, Krishnan, Isola, 2019, arXiv:1910.10699) for 100 classes.
 """
 
+from lit_distill.image.models.columns import Columns
 from lit_distill.image.models.mobilenet import MobileNetV2CIFAR
 from lit_distill.image.models.resnet import ResNetCIFAR
 from lit_distill.image.models.shufflenet import ShuffleNetV1CIFAR, ShuffleNetV2CIFAR
@@ -16,6 +17,7 @@ from lit_distill.image.models.wide_resnet import WideResNet
 __all__ = [
     "MLP",
     "VGG",
+    "Columns",
     "ConvNet",
     "LeNet",
     "MobileNetV2CIFAR",
