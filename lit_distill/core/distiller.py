@@ -238,7 +238,8 @@ class Distiller(LightningModule):
             if not math.isfinite(value):
                 raise RunError(
                     f"train/{name} is {value} at iteration {self.iteration}; lower the learning rate or the weight of "
-                    "the term, or clip gradients (--trainer.gradient_clip_val 1.0, or the method's clip_norm); the last good checkpoint is kept"
+                    "the term, or clip gradients (--trainer.gradient_clip_val 1.0, or the method's clip_norm); "
+                    "the last good checkpoint is kept"
                 )
         logged = {f"train/{name}": value for name, value in values.items()} | {"train/loss": sum(values.values())}
         self.log("train/loss", logged["train/loss"], prog_bar=True, logger=False)
