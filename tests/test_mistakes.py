@@ -257,7 +257,7 @@ MISTAKES = [
     Mistake("key-of-trainer", f"{FIT} --trainer.maxepochs 1", 2, ("trainer.maxepochs ", "mean trainer.max_epochs?")),
     Mistake("key-of-run", f"{FIT} --run.nme x", 2, ("run.nme", "mean run.name?")),
     Mistake("key-of-model", f"{FIT} --model.studnt x", 2, ("model.studnt", "Supervised", "mean model.student?")),
-    Mistake("key-far-off", f"{FIT} --model.zzz 1", 2, ("model.zzz", "Supervised takes student, teacher,")),
+    Mistake("key-far-off", f"{FIT} --model.zzz 1", 2, ("model.zzz", "Supervised takes student, temperature,")),
     Mistake("key-of-network", f"{FIT} --model.student.in_feature 64", 2, ("MLP", "mean model.student.in_features?")),
     Mistake("key-of-optimizer", f"{FIT} --model.optimizer.momentm 1", 2, ("SGD", "mean model.optimizer.momentum?")),
     Mistake("type-of-rate", f"{FIT} --model.optimizer.lr fast", 2, ("model.optimizer.lr: 'fast'", "a number")),

@@ -65,6 +65,8 @@ def made(method, tiny, **kwargs):
     """A method on tiny networks of equal widths, which FSP needs, with a first phase of one batch where it has two."""
     options = {"student": tiny(4), "teacher": tiny(4, seed=5), "init_iterations": 1, "negatives": 32}
     options |= {"margins": [-0.1, -0.1]}  # of the two stages only one has BatchNorm, from which OFD takes them
+    if method is lit_distill.image.LELP:
+        options["student"] = lit_distill.image.SubclassClassifier(tiny(4, num_classes=6), 2)
     return method(**{key: value for key, value in options.items() if key in parameters(method)}, **kwargs)
 
 
