@@ -1,9 +1,10 @@
 """LELP against KD on real data with two classes, paired seeds. Slow: `make test-claims`.
 
-The paper claims accuracy. Here it did not hold: the differences, over seeds on one split and over ten splits, were
--0.0 +- 0.3 and +0.6 +- 0.5 points on digits by parity, and +0.32 +- 0.09 and +0.12 +- 0.11 on sentences (mean and
-standard error). The second figure for sentences says that the first belongs to its split, so it is not asserted. Random
-directions did about as well as LELP's throughout. What is asserted is what held both over seeds and over splits.
+The paper claims accuracy. Here it did not hold: the differences over seeds on one split, and over ten splits, were
+-0.0 +- 0.3 and +0.6 +- 0.5 points on digits by parity, +0.32 +- 0.09 and +0.12 +- 0.11 on sentences (mean and standard
+error). The second figure for sentences says that the first belongs to its split, so it is not asserted. Random
+directions were not clearly worse than LELP's anywhere. What is asserted of LELP against KD held over seeds and over
+splits.
 """
 
 import json
