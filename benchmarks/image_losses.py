@@ -10,7 +10,7 @@ import os
 
 os.environ["KINETO_LOG_LEVEL"] = "9"  # before torch, or the profiler reports each start
 
-import timing  # isort: skip  # noqa: F401  (before torch)
+import timing  # isort: skip  # noqa: F401  (imported to set the threads before torch)
 
 import statistics
 import sys
@@ -194,14 +194,14 @@ def ratio(ours: Callable[[], None], theirs: Callable[[], None], rounds: int, war
                 seconds[side].append((time.perf_counter() - start, time.process_time() - start_cpu))
     wall = [a[0] / b[0] for a, b in zip(*seconds, strict=True)]
     cpu = [a[1] / b[1] for a, b in zip(*seconds, strict=True)]
-    return Ratio(tuple(statistics.median(x for x, _ in side) for side in seconds), wall, cpu)  # type: ignore[arg-type]
+    return Ratio(tuple(statistics.median(x for x, _ in side) for side in seconds), wall, cpu)  # type: ignore[arg-type]  # always two sides
 
 
 def peak_bytes(recorded: profile) -> int:
     """Returns the most that was allocated and not yet freed, beyond what was there at the start."""
     events = sorted(
         (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # there, since recording has ended
         if event.name() == "[memory]"
     )
     alive = peak = 0

@@ -297,7 +297,7 @@ def by_hand(method: Method, distiller: ImageDistiller, batches: Iterator[ImageBa
         for batch in batches:
             pause()
             with torch.no_grad():
-                target = said(teacher, batch.images, method.teacher_before)  # type: ignore[arg-type]
+                target = said(teacher, batch.images, method.teacher_before)  # type: ignore[arg-type]  # set where used
             own = said(student, batch.images, method.student_before)
             loss = method.loss(parts, own, target, batch)
             if method.label_weight:
@@ -307,7 +307,7 @@ def by_hand(method: Method, distiller: ImageDistiller, batches: Iterator[ImageBa
             optimizer.step()
             values.append(loss.detach())
 
-    return run  # type: ignore[return-value]
+    return run  # type: ignore[return-value]  # a closure of this very form
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def report(name: str, method: Method, data: Fixed) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # of Lightning, about short runs: they would stand between the lines of the table
     fixed = Fixed()
     print(f"{ROUNDS} rounds; ratios of ours to the loop by hand within a round")
     print(f"{'':<10} {'ours ms':>8} {'hand ms':>8} {'ratio':>7} {'min':>7} {'max':>7} {'CPU':>7} {'target':>7}", end="")

@@ -1,5 +1,6 @@
 """Metrics of classifiers: accuracy, calibration, likelihood."""
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -100,8 +101,9 @@ class _SampleMean(Metric):
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    @abstractmethod
     def values(self, preds: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Returns one value for each sample, (B,)."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds logits (B, K) and labels (B,)."""

@@ -25,7 +25,9 @@ def test_a_generation_learns_from_the_teachers_probabilities_at_temperature_one(
         "kd": pytest.approx(0.7 * rel_entr(softmax(logits[1], 1), softmax(logits[0], 1)).sum(1).mean(), rel=1e-3)
     }
     _, terms = step(BAN(tiny(), tiny(6, seed=5), label_weight=0.5))
-    assert terms["ce"] > 0
+    labels = [0, 1, 2, 0, 1, 2, 0, 1]  # of the first batch
+    expected = -np.log(softmax(logits[0], 1)[np.arange(8), labels]).mean()
+    assert terms["ce"] == pytest.approx(0.5 * expected, rel=1e-3)
 
 
 def test_cwtm_weighs_labels_by_the_teachers_confidence(step, tiny, blobs, logits):
