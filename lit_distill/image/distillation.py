@@ -22,7 +22,13 @@ from lit_distill.image.metrics import classification_metrics, reliability
 
 
 def _no_labels() -> Tensor:
-    raise UsageError("data: this loss keeps a memory of the training set; the data module must have train_labels()")
+    raise UsageError(
+        "data: this loss needs the labels of the whole training set; the data module must have train_labels()"
+    )
+
+
+def _no_fine_labels() -> Tensor:
+    raise UsageError("data: the known subclasses need finer labels; the data module must have train_fine_labels()")
 
 
 class Outputs(NamedTuple):
@@ -53,6 +59,20 @@ class Shapes(NamedTuple):
     train_labels: Callable[[], Tensor] = _no_labels
 
 
+class TrainingSet(NamedTuple):
+    """What a loss can learn from before training. Each is a function, since each may cost a pass over the images.
+
+    Attributes:
+        teacher: Returns the teacher's outputs on all training samples, in order.
+        labels: Returns their labels, (N,).
+        fine_labels: Returns the labels (N,) of a finer labelling, where the data has one.
+    """
+
+    teacher: Callable[[], Outputs]
+    labels: Callable[[], Tensor]
+    fine_labels: Callable[[], Tensor]
+
+
 class DistillationLoss(nn.Module):
     """One loss between student and teacher, with the taps it reads and the projectors it trains.
 
@@ -79,6 +99,9 @@ class DistillationLoss(nn.Module):
 
     def build(self, shapes: Shapes) -> None:
         """Makes projectors for the probed shapes."""
+
+    def prepare(self, training_set: TrainingSet) -> None:
+        """Learns what the loss needs to know of the training set. Called as a fit starts, also as one is resumed."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the unweighted loss of a batch."""
@@ -204,9 +227,17 @@ class ImageDistiller(Distiller):
         return (torch.zeros((1, *self._data().sample_shape), device=self.device),)
 
     def on_fit_start(self) -> None:
-        """Makes or opens the teacher cache."""
+        """Makes or opens the teacher cache, and lets the losses learn from the training set."""
         if self.teacher_cache is not None and self.teacher is not None and self._cache is None:
             self._cache = self._open_cache(self.teacher_cache)
+        data = self._data()
+        training_set = TrainingSet(
+            self._teacher_on_training_set,
+            getattr(data, "train_labels", _no_labels),
+            getattr(data, "train_fine_labels", _no_fine_labels),
+        )
+        for loss in self._losses():
+            loss.prepare(training_set)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -307,6 +338,15 @@ class ImageDistiller(Distiller):
             TeacherCache.write(path, fingerprint, self._teacher_outputs(data), size=described["samples"])
         self.trainer.strategy.barrier()
         return TeacherCache.open(path, fingerprint)
+
+    @torch.no_grad()
+    def _teacher_on_training_set(self) -> Outputs:
+        if self._cache is not None:
+            return Outputs(self._cache.outputs["logits"], self._cache.outputs)
+        indices, found = zip(*self._teacher_outputs(self._data()), strict=True)
+        order = torch.cat(indices).argsort()
+        outputs = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
+        return Outputs(outputs["logits"], outputs)
 
     @torch.no_grad()
     def _teacher_outputs(self, data: Any) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -148,10 +148,14 @@ class LinearSplitter(SubclassSplitter):
             centered = own - mean
             rank = _rank(centered)
             if rank < self.subclasses:
+                remedy = (
+                    f"lower it to {rank} or less"
+                    if rank >= 2
+                    else "such a class cannot be split; use lit_distill.image.KD"
+                )
                 raise UsageError(
                     f"model.student.subclasses: {self.subclasses} is more than the {rank} directions in which the "
-                    f"teacher's embeddings of the {len(own)} samples of class {number} vary; lower it to {max(rank, 2)}"
-                    " or less"
+                    f"teacher's embeddings of the {len(own)} samples of class {number} vary; {remedy}"
                 )
             directions, bias = self.split(centered)
             scale = (centered @ directions.T + bias).square().mean().sqrt()

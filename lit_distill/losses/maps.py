@@ -90,7 +90,7 @@ def flow_matrix(first: Float[Tensor, "b c1 h1 w1"], second: Float[Tensor, "b c2 
     Reference: Yim, Joo, Bae, Kim, A Gift from Knowledge Distillation, CVPR 2017.
     """
     first, second = on_smaller_grid(first, second)
-    return torch.einsum("bihw,bjhw->bij", first, second) / first[0, 0].numel()
+    return first.flatten(2) @ second.flatten(2).mT / first[0, 0].numel()
 
 
 @in_float32

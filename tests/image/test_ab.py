@@ -82,5 +82,7 @@ def test_shapes_that_cannot_meet_are_refused(trainer, blobs, tiny):
     deep = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Conv2d(2, 3, 1), tiny(3).pool, torch.nn.Linear(3, 3))
     with pytest.raises(UsageError, match=r"shape \(3, 2, 2\) to a teacher feature of shape \(6, 8, 8\); tap modules"):
         trainer().fit(AB(deep, tiny(6), ["1"], ["stage1"]), datamodule=blobs)
-    with pytest.raises(UsageError, match=r"ab: student tap 'pool' has shape \(4,\); tap modules that return maps"):
+    with pytest.raises(
+        UsageError, match=r"ab: student tap 'pool' has shape \(4,\); tap modules that return \(C, H, W\)"
+    ):
         trainer().fit(AB(tiny(), tiny(6), ["pool"], ["stage1"]), datamodule=blobs)

@@ -41,5 +41,7 @@ def test_defaults_are_the_published_ones(tiny):
 
 
 def test_a_tap_without_a_grid_is_refused(trainer, blobs, tiny):
-    with pytest.raises(UsageError, match=r"ickd: tap 'pool' has shape \(4,\); tap modules that return \(C, H, W\)"):
+    with pytest.raises(
+        UsageError, match=r"ickd: student tap 'pool' has shape \(4,\); tap modules that return \(C, H, W\)"
+    ):
         trainer().fit(ICKD(tiny(), tiny(), "pool"), datamodule=blobs)

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from lit_distill.core.errors import UsageError
-from lit_distill.image import Combined, Outputs, Supervised, Term
+from lit_distill.image import Combined, LogitKL, Supervised, Term
 from lit_distill.image.losses.lelp import SubclassCrossEntropy
 from lit_distill.image.methods.lelp import LELP
 from lit_distill.image.subclasses import (
@@ -252,19 +252,23 @@ def test_a_cache_of_the_teacher_changes_nothing(step, tiny, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_membership_by_the_teacher_needs_no_right_labels(step, tiny, blobs, blobs_class):
+def test_membership_by_the_teacher_needs_no_right_labels(step, trainer, tiny, blobs, blobs_class):
     class Wrong(blobs_class):
-        def train_labels(self):
-            return 2 - self.labels
+        def __init__(self):
+            super().__init__()
+            self.labels = 2 - self.labels
 
-    module = LELP(wide(tiny), tiny(6, seed=5), PrincipalDirections(False), membership="teacher")
-    module._membership = lambda outputs: blobs.labels  # what a perfect teacher says
-    step(module, Wrong())
-    right = LELP(wide(tiny), tiny(6, seed=5), PrincipalDirections(False))
-    step(right)
-    assert torch.equal(module.losses["lelp"].splitter.mean, right.losses["lelp"].splitter.mean)
-    outputs = Outputs(torch.tensor([[0.0, 1.0], [3.0, 2.0]]), {})
-    assert LELP._membership(module, outputs).tolist() == [1, 0]
+    teacher = tiny(16, seed=5)  # learns the wrong labels, all of them
+    trainer(max_epochs=20).fit(
+        Supervised(teacher, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02)), datamodule=Wrong()
+    )
+    means = []
+    for data, membership in ((blobs, "teacher"), (Wrong(), "labels"), (blobs, "labels")):
+        module = LELP(wide(tiny), copy.deepcopy(teacher), PrincipalDirections(False), membership=membership)
+        step(module, data)
+        means.append(module.losses["lelp"].splitter.mean)
+    assert torch.equal(means[0], means[1])
+    assert not torch.equal(means[0], means[2])
 
 
 def test_known_subclasses_are_asked_of_the_data(step, tiny, blobs, trainer):
@@ -328,7 +332,10 @@ def test_teachers_without_a_named_embedding_or_a_head_are_refused(trainer, blobs
         trainer().fit(LELP(wide(tiny), tiny(6), teacher_tap="head"), datamodule=blobs)
 
 
-def test_the_loss_alone_says_where_it_is_prepared(trainer, blobs, tiny):
-    module = Combined(wide(tiny), tiny(6, seed=5), [Term(SubclassCrossEntropy(), 1.0)])
-    with pytest.raises(UsageError, match=r"use it through lit_distill\.image\.LELP"):
-        trainer().fit(module, datamodule=blobs)
+def test_it_goes_into_a_sum_with_other_losses(step, tiny):
+    student, teacher = wide(tiny), tiny(6, seed=5)
+    _, alone = step(LELP(copy.deepcopy(student), copy.deepcopy(teacher)))
+    terms = [Term(SubclassCrossEntropy(), 0.5), Term(LogitKL(temperature=2.0), 3.0)]
+    _, both = step(Combined(student, teacher, terms, label_weight=0.0))
+    assert both["lelp"] == pytest.approx(0.5 * alone["lelp"], rel=1e-5)
+    assert sorted(both) == ["kd", "lelp"]

@@ -32,5 +32,5 @@ def test_networks_of_other_grids_can_be_paired(step, tiny):
 def test_taps_without_a_partner_or_a_grid_are_refused(trainer, blobs, tiny):
     with pytest.raises(UsageError, match="nst: 1 student taps and 2 teacher taps"):
         trainer().fit(NST(tiny(), tiny(), student_taps=["stage1"]), datamodule=blobs)
-    with pytest.raises(UsageError, match=r"nst: tap 'head' has shape \(3,\)"):
+    with pytest.raises(UsageError, match=r"nst: student tap 'head' has shape \(3,\)"):
         trainer().fit(NST(tiny(), tiny(), ["stage1", "head"], ["stage1", "head"]), datamodule=blobs)

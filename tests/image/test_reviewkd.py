@@ -72,7 +72,7 @@ def test_fused_maps_are_as_wide_as_the_embedding_up_to_a_limit(trainer, most, mi
 
 def test_students_without_maps_and_levels_without_a_partner_are_refused(trainer, blobs, tiny):
     with pytest.raises(
-        UsageError, match=r"review: student tap 'layer1' has shape \(8,\); tap modules that return maps"
+        UsageError, match=r"review: student tap 'layer1' has shape \(8,\); tap modules that return \(C, H, W\)"
     ):
         trainer().fit(ReviewKD(MLP(128, 3, [8, 8]), tiny(6)), datamodule=blobs)
     with pytest.raises(UsageError, match="review: 1 student taps and 3 teacher taps"):

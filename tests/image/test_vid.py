@@ -57,5 +57,5 @@ def test_taps_without_a_partner_or_a_grid_are_refused(trainer, blobs, tiny):
     with pytest.raises(UsageError, match="vid: 1 student taps and 2 teacher taps"):
         trainer().fit(VID(tiny(), tiny(), ["stage1"]), datamodule=blobs)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(128, 5), nn.Linear(5, 3))
-    with pytest.raises(UsageError, match=r"vid: student tap '1' has shape \(5,\); tap modules that return maps"):
+    with pytest.raises(UsageError, match=r"vid: student tap '1' has shape \(5,\); tap modules that return \(C, H, W\)"):
         trainer().fit(VID(plain, tiny(), ["1"], ["stage1"]), datamodule=blobs)

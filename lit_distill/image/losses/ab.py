@@ -43,10 +43,10 @@ class ActivationBoundary(PairedMaps):
 
     def build(self, shapes: Shapes) -> None:
         """Makes the connectors."""
-        self.connectors.extend(connector(student, teacher) for student, teacher in self.paired_shapes(shapes))
+        self.connectors.extend(connector(student, teacher) for student, teacher in self.pairs_of_shapes(shapes))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        pairs = zip(self.connectors, self.paired_features(student, teacher), strict=True)
+        pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
         values = [activation_boundary(connect(s), t, margin=self.margin) for connect, (s, t) in pairs]
         return torch.stack([value / 2**depth for depth, value in enumerate(reversed(values))]).sum()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lit_distill.core.errors import UsageError
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import Outputs, Shapes
-from lit_distill.image.losses.relations import EmbeddingLoss
+from lit_distill.image.losses.pairs import PairedEmbedding
 from lit_distill.losses.contrastive import contrastive_nce, contrastive_normalizer, memory_similarity
 from lit_distill.losses.precision import in_float32
 
 
-class ContrastiveRepresentation(EmbeddingLoss):
+class ContrastiveRepresentation(PairedEmbedding):
     """Tells the other network's embedding of the same sample from those of K samples of other classes.
 
     Both features are embedded by trained linear layers and brought to unit length. Of each network, a memory bank holds
@@ -80,8 +80,9 @@ class ContrastiveRepresentation(EmbeddingLoss):
     def build(self, shapes: Shapes) -> None:
         """Makes embeddings and memory banks, and sorts the training set by class."""
         super().build(shapes)
-        self.student_embedding = nn.Linear(shapes.student[self.student_taps[0]][0], self.dimensions)
-        self.teacher_embedding = nn.Linear(shapes.teacher[self.teacher_taps[0]][0], self.dimensions)
+        (student, *_), (teacher, *_) = self.pair_of_shapes(shapes)
+        self.student_embedding = nn.Linear(student, self.dimensions)
+        self.teacher_embedding = nn.Linear(teacher, self.dimensions)
         labels = shapes.train_labels().cpu()
         sizes = torch.bincount(labels, minlength=shapes.num_classes)
         if (sizes > 0).sum() < 2:
@@ -98,7 +99,7 @@ class ContrastiveRepresentation(EmbeddingLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch, and moves its rows of the memory banks."""
-        student_feature, teacher_feature = self.embeddings(student, teacher)
+        student_feature, teacher_feature = self.pair(student, teacher)
         student_embedding = _unit(self.student_embedding(student_feature))
         teacher_embedding = _unit(self.teacher_embedding(teacher_feature))
         rows = torch.cat([batch.index[:, None], self.draw_negatives(batch.labels)], dim=1)

@@ -25,7 +25,7 @@ class FlowOfSolution(PairedMaps):
 
     def build(self, shapes: Shapes) -> None:
         """Checks that the channels agree, and that there is a flow at all."""
-        pairs = self.paired_shapes(shapes)
+        pairs = self.pairs_of_shapes(shapes)
         if len(pairs) < 2:
             raise UsageError("fsp: it compares neighbouring maps of a network and got one; give 2 student_taps or more")
         for student, teacher in pairs:
@@ -38,5 +38,5 @@ class FlowOfSolution(PairedMaps):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        neighbours = pairwise(self.paired_features(student, teacher))
+        neighbours = pairwise(self.pairs(student, teacher))
         return torch.stack([flow_of_solution(s1, s2, t1, t2) for (s1, t1), (s2, t2) in neighbours]).sum()

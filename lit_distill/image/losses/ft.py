@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.distillation import Outputs, Shapes, stages
-from lit_distill.image.losses.pairs import PairedMaps
+from lit_distill.image.distillation import Outputs, Shapes
+from lit_distill.image.losses.pairs import PairedFeature, check_ranks
 from lit_distill.losses import hint_mse
 from lit_distill.losses.maps import factor_transfer
 
 
-class FactorTransfer(PairedMaps):
+class FactorTransfer(PairedFeature):
     """The student's translated map follows the teacher's factors, see `lit_distill.losses.maps.factor_transfer`.
 
     While `iteration < init_iterations` the loss is the mean squared error with which the paraphraser, an autoencoder,
@@ -36,21 +36,17 @@ class FactorTransfer(PairedMaps):
     def __init__(
         self, student_tap: str | None = None, teacher_tap: str | None = None, init_iterations: int = 30 * 781
     ) -> None:
-        super().__init__([student_tap] if student_tap else None, [teacher_tap] if teacher_tap else None)
+        super().__init__(student_tap, teacher_tap)
         if init_iterations < 1:
             raise UsageError(f"init_iterations is {init_iterations}; give the paraphraser at least 1 batch")
         self.init_iterations = init_iterations
         self.paraphraser = nn.Sequential()
         self.translator: nn.Module = nn.Identity()
 
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the last stages where no tap was given."""
-        self.student_taps = self.student_taps or stages(student)[-1:]
-        self.teacher_taps = self.teacher_taps or stages(teacher)[-1:]
-
     def build(self, shapes: Shapes) -> None:
         """Makes paraphraser and translator."""
-        [((own, *_), (others, *_))] = self.paired_shapes(shapes)
+        check_ranks(self, shapes, ranks=(3,), wanted="(C, H, W)")
+        (own, *_), (others, *_) = self.pair_of_shapes(shapes)
         factors = max(others // 2, 1)
         self.paraphraser = nn.Sequential(
             _layers(nn.Conv2d, others, others, factors, factors),
@@ -60,7 +56,7 @@ class FactorTransfer(PairedMaps):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch: the paraphraser's own in the first phase, that of the factors afterwards."""
-        [(own, target)] = self.paired_features(student, teacher)
+        own, target = self.pair(student, teacher)
         if iteration < self.init_iterations:
             return hint_mse(self.paraphraser(target), target)
         if self.paraphraser.training:

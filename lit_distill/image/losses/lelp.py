@@ -1,15 +1,14 @@
 """The teacher's classes, split into pseudo-subclasses by its embedding, as targets."""
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, penultimate
+from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, TrainingSet, penultimate
 from lit_distill.image.subclasses import PrincipalDirections, SubclassClassifier, SubclassSplitter
 from lit_distill.losses.subclass import subclass_cross_entropy, subclass_targets
 
@@ -18,12 +17,14 @@ class SubclassCrossEntropy(DistillationLoss):
     """Cross-entropy of the student's C * S outputs, see `lit_distill.losses.subclass`.
 
     Targets are computed from the teacher's outputs in each step, so that they follow augmented images. What they need
-    beside is learnt once, in `prepare`; the method LELP calls it.
+    beside is learnt once, in `prepare`.
 
     Args:
         splitter: How the embedding splits a class; LELP's principal directions if None.
         temperature: tau, of the teacher's class probabilities.
         subclass_temperature: beta, of the split within a class.
+        membership: The class whose split a sample helps to find: its label's, or the one the teacher says (which needs
+            no labels).
         teacher_tap: Module in the teacher whose output is the embedding (D,) that its last linear layer reads; what the
             teacher calls `penultimate` if None.
     """
@@ -35,6 +36,7 @@ class SubclassCrossEntropy(DistillationLoss):
         splitter: SubclassSplitter | None = None,
         temperature: float = 1.0,
         subclass_temperature: float = 1.0,
+        membership: Literal["labels", "teacher"] = "labels",
         teacher_tap: str | None = None,
     ) -> None:
         super().__init__(["network"], [teacher_tap] if teacher_tap else [])
@@ -44,7 +46,7 @@ class SubclassCrossEntropy(DistillationLoss):
         self.splitter = splitter or PrincipalDirections()
         self.temperature = temperature
         self.subclass_temperature = subclass_temperature
-        self.prepared = False
+        self.membership = membership
 
     def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
         """Takes the teacher's penultimate layer where no tap was given, and keeps the weights of its head."""
@@ -75,30 +77,18 @@ class SubclassCrossEntropy(DistillationLoss):
         self.splitter.build(shapes.num_classes, self._subclasses, shape[0], lambda: len(shapes.train_labels()))
 
     @torch.no_grad()
-    def prepare(
-        self,
-        teacher: Callable[[], Outputs],
-        membership: Callable[[Outputs], Int[Tensor, " n"]],
-        fine_labels: Callable[[], Int[Tensor, " n"]],
-    ) -> None:
-        """Fits the splitter, unless a checkpoint has brought it back.
-
-        Args:
-            teacher: Returns the teacher's outputs on the whole training set, in order.
-            membership: Returns the class (N,) to which each sample is counted, given these outputs.
-            fine_labels: Returns the labels (N,) of a finer labelling, where the data has one.
-        """
-        if not self.splitter.fitted:
-            outputs = teacher()
-            embeddings = outputs.features[self.teacher_taps[0]].cpu()
-            head = None if self._head is None else self._head.cpu()
-            self.splitter.fit(embeddings, membership(outputs).cpu(), head, fine_labels)
-        self.prepared = True
+    def prepare(self, training_set: TrainingSet) -> None:
+        """Fits the splitter, unless a checkpoint has brought it back."""
+        if self.splitter.fitted:
+            return
+        outputs = training_set.teacher()
+        labels = training_set.labels() if self.membership == "labels" else outputs.logits.argmax(1)
+        embeddings = outputs.features[self.teacher_taps[0]].cpu()
+        head = None if self._head is None else self._head.cpu()
+        self.splitter.fit(embeddings, labels.cpu(), head, training_set.fine_labels)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        if not self.prepared:
-            raise UsageError("SubclassCrossEntropy has learnt no subclasses; use it through lit_distill.image.LELP")
         targets = subclass_targets(
             teacher.logits,
             self.splitter(teacher.features[self.teacher_taps[0]], batch.index),

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from lit_distill.core.projectors import hint_regressor
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, stages
-from lit_distill.image.losses.pairs import PairedMaps
+from lit_distill.image.distillation import Outputs, Shapes, stages
+from lit_distill.image.losses.pairs import PairedFeature, PairedMaps
 from lit_distill.losses import attention_transfer, hint_mse
 
 
-class Hint(DistillationLoss):
+class Hint(PairedFeature):
     """Mean squared error between a regressed student feature and the teacher's hint, see `lit_distill.losses.hint_mse`.
 
     Args:
@@ -24,22 +24,22 @@ class Hint(DistillationLoss):
     name = "hint"
 
     def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None) -> None:
-        super().__init__([student_tap] if student_tap else [], [teacher_tap] if teacher_tap else [])
+        super().__init__(student_tap, teacher_tap)
         self.regressor: nn.Module = nn.Identity()
 
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the middle stages where no tap was given."""
-        self.student_taps = self.student_taps or (_middle(stages(student)),)
-        self.teacher_taps = self.teacher_taps or (_middle(stages(teacher)),)
+    def default_tap(self, network: nn.Module) -> str:
+        """Returns a network's middle stage."""
+        names = stages(network)
+        return names[len(names) // 2]
 
     def build(self, shapes: Shapes) -> None:
         """Makes the regressor from the student's to the teacher's shape."""
-        self.regressor = hint_regressor(shapes.student[self.student_taps[0]], shapes.teacher[self.teacher_taps[0]])
+        self.regressor = hint_regressor(*self.pair_of_shapes(shapes))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        regressed = self.regressor(student.features[self.student_taps[0]])
-        return hint_mse(regressed, teacher.features[self.teacher_taps[0]])
+        own, target = self.pair(student, teacher)
+        return hint_mse(self.regressor(own), target)
 
 
 class AttentionTransfer(PairedMaps):
@@ -62,15 +62,7 @@ class AttentionTransfer(PairedMaps):
         super().__init__(student_taps, teacher_taps)
         self.power = power
 
-    def build(self, shapes: Shapes) -> None:
-        """Checks that the taps are maps, in pairs."""
-        self.paired_shapes(shapes)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        pairs = self.paired_features(student, teacher)
+        pairs = self.pairs(student, teacher)
         return torch.stack([attention_transfer(s, t, power=self.power) for s, t in pairs]).sum()
-
-
-def _middle(names: tuple[str, ...]) -> str:
-    return names[len(names) // 2]

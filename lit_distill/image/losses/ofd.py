@@ -66,7 +66,7 @@ class FeatureOverhaul(PairedMaps):
 
     def build(self, shapes: Shapes) -> None:
         """Makes the connectors, and the margins from the teacher's norms."""
-        pairs = self.paired_shapes(shapes)
+        pairs = self.pairs_of_shapes(shapes)
         self.connectors.extend(connector(student, teacher) for student, teacher in pairs)
         for stage, (_, (channels, *_)) in enumerate(pairs):
             if self.margins:
@@ -85,7 +85,7 @@ class FeatureOverhaul(PairedMaps):
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         values = []
-        for stage, (own, target) in enumerate(self.paired_features(student, teacher)):
+        for stage, (own, target) in enumerate(self.pairs(student, teacher)):
             target = margin_relu(target, self.get_buffer(f"margin{stage}"))
             values.append(partial_l2(self.connectors[stage](own), target))
         return torch.stack([value / 2**depth for depth, value in enumerate(reversed(values))]).sum()

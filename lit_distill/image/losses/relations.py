@@ -4,14 +4,13 @@ Relations between samples are those of each process's own batch: under DDP they 
 more processes is less to relate.
 """
 
-from collections.abc import Sequence
-
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.distillation import DistillationLoss, Outputs, Shapes, penultimate, stages
+from lit_distill.image.distillation import Outputs, Shapes
+from lit_distill.image.losses.pairs import PairedEmbedding, PairedFeature, PairedMaps, check_ranks, check_several
 from lit_distill.losses.relations import (
     channel_correlation,
     correlation_congruence,
@@ -24,35 +23,7 @@ from lit_distill.losses.relations import (
 )
 
 
-class EmbeddingLoss(DistillationLoss):
-    """Base of the losses that read what each network's head reads: vectors, or maps that are averaged to vectors.
-
-    Args:
-        student_tap: Module in the student; what it calls `penultimate` if None.
-        teacher_tap: The same in the teacher.
-    """
-
-    def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None) -> None:
-        super().__init__([student_tap] if student_tap else [], [teacher_tap] if teacher_tap else [])
-
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the penultimate layers where no tap was given."""
-        self.student_taps = self.student_taps or (penultimate(student),)
-        self.teacher_taps = self.teacher_taps or (penultimate(teacher),)
-
-    def build(self, shapes: Shapes) -> None:
-        """Checks that the taps are vectors or maps."""
-        _check_shapes(self, shapes, ranks=(1, 3), wanted="(D,) or (C, H, W)")
-
-    def embeddings(self, student: Outputs, teacher: Outputs) -> tuple[Float[Tensor, "b ds"], Float[Tensor, "b dt"]]:
-        """Returns both networks' vectors; the teacher's are constants."""
-        return (
-            _pooled(student.features[self.student_taps[0]]),
-            _pooled(teacher.features[self.teacher_taps[0]].detach()),
-        )
-
-
-class SimilarityPreserving(DistillationLoss):
+class SimilarityPreserving(PairedFeature):
     """Difference of the samples' similarities in the last maps, see `lit_distill.losses.relations`.
 
     Args:
@@ -62,21 +33,13 @@ class SimilarityPreserving(DistillationLoss):
 
     name = "sp"
 
-    def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None) -> None:
-        super().__init__([student_tap] if student_tap else [], [teacher_tap] if teacher_tap else [])
-
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the last stages where no tap was given."""
-        self.student_taps = self.student_taps or stages(student)[-1:]
-        self.teacher_taps = self.teacher_taps or stages(teacher)[-1:]
-
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        _check_batch(self, batch)
-        return similarity_preserving(student.features[self.student_taps[0]], teacher.features[self.teacher_taps[0]])
+        check_several(self, batch)
+        return similarity_preserving(*self.pair(student, teacher))
 
 
-class RelationalKD(EmbeddingLoss):
+class RelationalKD(PairedEmbedding):
     """Distances and angles between samples, see `lit_distill.losses.relations`.
 
     Args:
@@ -101,23 +64,23 @@ class RelationalKD(EmbeddingLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        _check_batch(self, batch)
-        pair = self.embeddings(student, teacher)
+        check_several(self, batch)
+        pair = self.pair(student, teacher)
         return self.distance_weight * relational_distance(*pair) + self.angle_weight * relational_angle(*pair)
 
 
-class ProbabilisticTransfer(EmbeddingLoss):
+class ProbabilisticTransfer(PairedEmbedding):
     """Divergence of the samples' neighbor probabilities, see `lit_distill.losses.relations`."""
 
     name = "pkt"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        _check_batch(self, batch)
-        return probabilistic_transfer(*self.embeddings(student, teacher))
+        check_several(self, batch)
+        return probabilistic_transfer(*self.pair(student, teacher))
 
 
-class CorrelationCongruence(EmbeddingLoss):
+class CorrelationCongruence(PairedEmbedding):
     """Products of neighboring samples' embedding differences, see `lit_distill.losses.relations`.
 
     Both features are embedded by trained linear layers. So there is a trivial solution, equal embeddings that tell
@@ -141,17 +104,18 @@ class CorrelationCongruence(EmbeddingLoss):
     def build(self, shapes: Shapes) -> None:
         """Makes the embeddings."""
         super().build(shapes)
-        self.student_embedding = nn.Linear(shapes.student[self.student_taps[0]][0], self.dimensions)
-        self.teacher_embedding = nn.Linear(shapes.teacher[self.teacher_taps[0]][0], self.dimensions)
+        (student, *_), (teacher, *_) = self.pair_of_shapes(shapes)
+        self.student_embedding = nn.Linear(student, self.dimensions)
+        self.teacher_embedding = nn.Linear(teacher, self.dimensions)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        _check_batch(self, batch)
-        student_feature, teacher_feature = self.embeddings(student, teacher)
+        check_several(self, batch)
+        student_feature, teacher_feature = self.pair(student, teacher)
         return correlation_congruence(self.student_embedding(student_feature), self.teacher_embedding(teacher_feature))
 
 
-class KernelCongruence(EmbeddingLoss):
+class KernelCongruence(PairedEmbedding):
     """Difference of the samples' correlations under a Gaussian kernel: `CorrelationCongruence` as in its paper.
 
     Needs no embeddings. See `lit_distill.losses.relations.kernel_congruence`.
@@ -174,11 +138,11 @@ class KernelCongruence(EmbeddingLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        _check_batch(self, batch)
-        return kernel_congruence(*self.embeddings(student, teacher), gamma=self.gamma, order=self.order)
+        check_several(self, batch)
+        return kernel_congruence(*self.pair(student, teacher), gamma=self.gamma, order=self.order)
 
 
-class ChannelCorrelation(DistillationLoss):
+class ChannelCorrelation(PairedFeature):
     """Difference of the channels' correlations in the last maps, see `lit_distill.losses.relations`.
 
     A 1x1 convolution with batch normalization carries the student's map to the teacher's number of channels, also where
@@ -192,27 +156,22 @@ class ChannelCorrelation(DistillationLoss):
     name = "ickd"
 
     def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None) -> None:
-        super().__init__([student_tap] if student_tap else [], [teacher_tap] if teacher_tap else [])
+        super().__init__(student_tap, teacher_tap)
         self.connector: nn.Module = nn.Identity()
-
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the last stages where no tap was given."""
-        self.student_taps = self.student_taps or stages(student)[-1:]
-        self.teacher_taps = self.teacher_taps or stages(teacher)[-1:]
 
     def build(self, shapes: Shapes) -> None:
         """Makes the connector."""
-        _check_shapes(self, shapes, ranks=(3,), wanted="(C, H, W)")
-        student, teacher = shapes.student[self.student_taps[0]][0], shapes.teacher[self.teacher_taps[0]][0]
+        check_ranks(self, shapes, ranks=(3,), wanted="(C, H, W)")
+        (student, *_), (teacher, *_) = self.pair_of_shapes(shapes)
         self.connector = nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), nn.BatchNorm2d(teacher))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        connected = self.connector(student.features[self.student_taps[0]])
-        return channel_correlation(connected, teacher.features[self.teacher_taps[0]])
+        own, target = self.pair(student, teacher)
+        return channel_correlation(self.connector(own), target)
 
 
-class NeuronSelectivity(DistillationLoss):
+class NeuronSelectivity(PairedMaps):
     """Sum over stages of the discrepancy between sets of channels, see `lit_distill.losses.relations`.
 
     Args:
@@ -222,45 +181,6 @@ class NeuronSelectivity(DistillationLoss):
 
     name = "nst"
 
-    def __init__(self, student_taps: Sequence[str] | None = None, teacher_taps: Sequence[str] | None = None) -> None:
-        super().__init__(student_taps or (), teacher_taps or ())
-
-    def resolve(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Takes the stages where no taps were given."""
-        self.student_taps = self.student_taps or stages(student)
-        self.teacher_taps = self.teacher_taps or stages(teacher)
-
-    def build(self, shapes: Shapes) -> None:
-        """Checks that the taps are maps, in pairs."""
-        if len(self.student_taps) != len(self.teacher_taps):
-            raise UsageError(
-                f"{self.name}: {len(self.student_taps)} student taps and {len(self.teacher_taps)} teacher taps; "
-                "give student_taps and teacher_taps in pairs"
-            )
-        _check_shapes(self, shapes, ranks=(3,), wanted="(C, H, W)")
-
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
-        pairs = zip(self.student_taps, self.teacher_taps, strict=True)
-        values = [neuron_selectivity(student.features[s], teacher.features[t]) for s, t in pairs]
-        return sum(values[1:], start=values[0])
-
-
-def _pooled(feature: Tensor) -> Tensor:
-    return feature.mean((2, 3)) if feature.ndim == 4 else feature
-
-
-def _check_shapes(loss: DistillationLoss, shapes: Shapes, *, ranks: tuple[int, ...], wanted: str) -> None:
-    taps = [(tap, shapes.student[tap]) for tap in loss.student_taps]
-    taps += [(tap, shapes.teacher[tap]) for tap in loss.teacher_taps]
-    for tap, shape in taps:
-        if len(shape) not in ranks:
-            raise UsageError(f"{loss.name}: tap '{tap}' has shape {shape}; tap modules that return {wanted}")
-
-
-def _check_batch(loss: DistillationLoss, batch: ImageBatch) -> None:
-    if len(batch.index) < 2:
-        raise UsageError(
-            f"data.batch_size: {loss.name} relates the samples of a batch, and each process has 1; "
-            "give 2 or more per process"
-        )
+        return torch.stack([neuron_selectivity(*pair) for pair in self.pairs(student, teacher)]).sum()

@@ -10,7 +10,7 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.projectors import AttentionFusion
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import Outputs, Shapes, penultimate, pre_activations, stages
-from lit_distill.image.losses.pairs import PairedMaps
+from lit_distill.image.losses.pairs import PairedMaps, check_ranks
 from lit_distill.losses.maps import hierarchical_context
 
 
@@ -48,7 +48,7 @@ class KnowledgeReview(PairedMaps):
 
     def build(self, shapes: Shapes) -> None:
         """Makes the fusions, shallow to deep."""
-        pairs = self.paired_shapes(shapes)
+        pairs = self.pairs_of_shapes(shapes)
         mid = min(self.max_mid_channels, pairs[-1][0][0])
         for level, (student, teacher) in enumerate(pairs):
             channels, height, width = teacher if len(teacher) == 3 else (*teacher, 1, 1)
@@ -58,13 +58,13 @@ class KnowledgeReview(PairedMaps):
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         values, deeper = [], None
-        for fusion, pair in zip(reversed(self.fusions), reversed(self.paired_features(student, teacher)), strict=True):
+        for fusion, pair in zip(reversed(self.fusions), reversed(self.pairs(student, teacher)), strict=True):
             own, target = (feature if feature.ndim == 4 else feature[:, :, None, None] for feature in pair)
             fused, deeper = fusion(own, deeper)
             values.append(hierarchical_context(fused, target))
         return torch.stack(values).sum()
 
-    def _check_map(self, role: str, tap: str, shape: tuple[int, ...]) -> None:
-        deepest = {"student": self.student_taps, "teacher": self.teacher_taps}[role][-1]
-        if tap != deepest or len(shape) != 1:
-            super()._check_map(role, tap, shape)
+    def check_maps(self, shapes: Shapes) -> None:
+        """Checks that all taps are maps, of which the deepest may be one of one pixel, a vector."""
+        check_ranks(self, shapes, ranks=(3,), wanted="(C, H, W)", taps=slice(-1))
+        check_ranks(self, shapes, ranks=(1, 3), wanted="(D,) or (C, H, W)", taps=slice(-1, None))

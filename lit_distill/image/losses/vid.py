@@ -39,7 +39,7 @@ class VariationalInformation(PairedMaps):
     def build(self, shapes: Shapes) -> None:
         """Makes regressors and variances."""
         start = math.log(math.expm1(INITIAL_VARIANCE - LEAST_VARIANCE))
-        for student, teacher in self.paired_shapes(shapes):
+        for student, teacher in self.pairs_of_shapes(shapes):
             self.regressors.append(variational_regressor(student[0], teacher[0]))
             self.scales.append(nn.Parameter(torch.full((teacher[0],), start)))
 
@@ -50,7 +50,7 @@ class VariationalInformation(PairedMaps):
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         values = []
-        for stage, pair in enumerate(self.paired_features(student, teacher)):
+        for stage, pair in enumerate(self.pairs(student, teacher)):
             own, target = on_smaller_grid(*pair)
             values.append(variational_information(self.regressors[stage](own), target, self.variance(stage)))
         return torch.stack(values).sum()

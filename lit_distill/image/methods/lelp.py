@@ -2,14 +2,13 @@
 
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.reference import Reference
 from lit_distill.core.schedules import Schedule
 from lit_distill.core.taps import probe
-from lit_distill.image.distillation import ImageDistiller, Outputs, Term
+from lit_distill.image.distillation import ImageDistiller, Term
 from lit_distill.image.losses.lelp import SubclassCrossEntropy
 from lit_distill.image.subclasses import SubclassClassifier, SubclassSplitter
 
@@ -64,9 +63,8 @@ class LELP(ImageDistiller):
         label_weight: float | Schedule = 0.0,
         **kwargs: Any,
     ) -> None:
-        loss = SubclassCrossEntropy(splitter, temperature, subclass_temperature, teacher_tap)
+        loss = SubclassCrossEntropy(splitter, temperature, subclass_temperature, membership, teacher_tap)
         super().__init__(student, teacher, [Term(loss, lelp_weight)], label_weight, **kwargs)
-        self.membership = membership
 
     def build(self) -> None:
         """Checks the number of outputs, then builds as every method does."""
@@ -79,30 +77,3 @@ class LELP(ImageDistiller):
                     f"subclasses need {data.num_classes * subclasses}; set its num_classes to that"
                 )
         super().build()
-
-    def on_fit_start(self) -> None:
-        """Opens the teacher cache if there is one, and learns the subclasses."""
-        super().on_fit_start()
-        loss = self.losses["lelp"]
-        assert isinstance(loss, SubclassCrossEntropy)
-        loss.prepare(self._teacher_on_training_set, self._membership, self._fine_labels)
-
-    def _membership(self, teacher: Outputs) -> Tensor:
-        return teacher.logits.argmax(1) if self.membership == "teacher" else self._data().train_labels()
-
-    def _fine_labels(self) -> Tensor:
-        data = self._data()
-        if not hasattr(data, "train_fine_labels"):
-            raise UsageError(
-                "data: the known subclasses need finer labels; the data module must have train_fine_labels()"
-            )
-        return data.train_fine_labels()
-
-    @torch.no_grad()
-    def _teacher_on_training_set(self) -> Outputs:
-        if self._cache is not None:
-            return Outputs(self._cache.outputs["logits"], self._cache.outputs)
-        indices, found = zip(*self._teacher_outputs(self._data()), strict=True)
-        order = torch.cat(indices).argsort()
-        outputs = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
-        return Outputs(outputs["logits"], outputs)
