@@ -68,7 +68,7 @@ def test_the_teacher_runs_on_its_running_statistics(step, tiny, blobs):
         # One block a stage: the shortcut's norm is registered after the block's own.
         (ResNetCIFAR(8, 10), None, ("layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn2")),
         (WideResNet(10, 1, 10), None, ("layer2.0.bn1", "layer3.0.bn1", "bn")),
-        (VGG(8, 10), None, ("layer1.1", "layer2.2", "layer3.2", "layer4.2", "layer5.1")),
+        (VGG(8, 10), None, ("layer2.2", "layer3.2", "layer4.2", "layer5.1")),
         (ConvNet(10, (4, 8)), None, ("layer1.1", "layer2.2")),
         (ShuffleNetV1CIFAR(10), None, ("layer1.3.branch.8", "layer2.7.branch.8", "layer3.3.branch.8")),
         (MobileNetV2CIFAR(10), ("blocks.1",), ("blocks.1.1.conv.7",)),

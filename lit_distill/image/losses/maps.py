@@ -30,7 +30,7 @@ class Hint(PairedFeature):
     def default_tap(self, network: nn.Module) -> str:
         """Returns a network's middle stage."""
         names = stages(network)
-        return names[len(names) // 2]
+        return names[(len(names) - 1) // 2]
 
     def build(self, shapes: Shapes) -> None:
         """Makes the regressor from the student's to the teacher's shape."""

@@ -79,6 +79,7 @@ class ShuffleNetV2CIFAR(nn.Module):
     """
 
     stages = ("layer1", "layer2", "layer3")
+    pre_activations = ("layer1.3.relu@input", "layer2.7.relu@input", "layer3.3.relu@input")
     penultimate = "pool"
 
     def __init__(self, num_classes: int) -> None:
@@ -104,14 +105,16 @@ class ShuffleUnitV2(nn.Module):
         super().__init__()
         half = channels // 2
         self.branch = nn.Sequential(
-            *conv_bn_relu(half, half, 1), *conv_bn(half, half, 3, groups=half), *conv_bn_relu(half, half, 1)
+            *conv_bn_relu(half, half, 1), *conv_bn(half, half, 3, groups=half), *conv_bn(half, half, 1)
         )
         self.shuffle = ChannelShuffle(2)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Computes the unit."""
         kept, changed = x.chunk(2, dim=1)
-        return self.shuffle(torch.cat([kept, self.branch(changed)], dim=1))
+        # What is kept is positive already; so the activation may come last, where losses can read what it is given.
+        return self.relu(self.shuffle(torch.cat([kept, self.branch(changed)], dim=1)))
 
 
 class DownUnitV2(nn.Module):

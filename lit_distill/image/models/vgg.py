@@ -11,10 +11,10 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions; one linear layer instead of VGG's three.
+    """Five layers of 3x3 convolutions; one linear layer instead of VGG's three.
 
-    Stages two to four begin with 2x2 max pooling. The fifth keeps the resolution, 4x4 for 32x32 images, as the
-    distillation literature has it.
+    Layers two to four begin with 2x2 max pooling. The fifth keeps the resolution, 4x4 for 32x32 images, as the
+    distillation literature has it. That literature matches features from the second layer on; so these are `stages`.
 
     Parameters with 100 classes: VGG-8 3.97 M, VGG-13 9.46 M.
 
@@ -23,7 +23,7 @@ class VGG(nn.Module):
         num_classes: Number of classes.
     """
 
-    stages = ("layer1", "layer2", "layer3", "layer4", "layer5")
+    stages = ("layer2", "layer3", "layer4", "layer5")
     penultimate = "pool"
 
     def __init__(self, depth: int, num_classes: int) -> None:
@@ -40,7 +40,7 @@ class VGG(nn.Module):
                 channels = width
             self.add_module(f"layer{number}", nn.Sequential(*layers))
             pre_activations.append(f"layer{number}.{len(layers) - 1}@input")
-        self.pre_activations = tuple(pre_activations)
+        self.pre_activations = tuple(pre_activations[1:])
         self.pool = GlobalPool()
         self.linear = nn.Linear(channels, num_classes)
         initialize(self, linear_std=0.01)
@@ -48,6 +48,6 @@ class VGG(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Computes logits."""
         features = images
-        for stage in self.stages:
-            features = self.get_submodule(stage)(features)
+        for number in range(1, 1 + len(_WIDTHS)):
+            features = self.get_submodule(f"layer{number}")(features)
         return self.linear(self.pool(features))
