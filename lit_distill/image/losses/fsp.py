@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.distillation import Outputs, Shapes
+from lit_distill.image.distillation import Outputs, Shapes, stages
 from lit_distill.image.losses.pairs import PairedMaps
 from lit_distill.losses.maps import flow_of_solution
 
@@ -17,11 +17,17 @@ class FlowOfSolution(PairedMaps):
     """Sum over neighbouring taps of the difference of FSP matrices, see `lit_distill.losses.maps.flow_of_solution`.
 
     Args:
-        student_taps: Module names in the student, shallow to deep; its stages if None. Two or more.
-        teacher_taps: As many in the teacher, with as many channels; its stages if None.
+        student_taps: Module names in the student, shallow to deep, two or more; if None what its first stage is given
+            and its stages, so that each stage's flow is there.
+        teacher_taps: As many in the teacher, with as many channels; the same if None.
     """
 
     name = "fsp"
+
+    def default_taps(self, network: nn.Module) -> tuple[str, ...]:
+        """Returns the input of a network's first stage and its stages."""
+        names = stages(network)
+        return (f"{names[0]}@input", *names)
 
     def build(self, shapes: Shapes) -> None:
         """Checks that the channels agree, and that there is a flow at all."""

@@ -25,8 +25,8 @@ class FSP(ImageDistiller):
     Args:
         student: The classifier to train.
         teacher: The frozen classifier, with as many channels at its taps as the student.
-        student_taps: Module names, shallow to deep; the student's stages if None.
-        teacher_taps: As many module names; the teacher's stages if None.
+        student_taps: Module names, shallow to deep; if None what the student's first stage is given, and its stages.
+        teacher_taps: As many module names; the same of the teacher if None.
         init_iterations: Length of the first phase, in batches: 30 epochs of CIFAR if not told otherwise.
         fsp_weight: The beta above.
         label_weight: The gamma above.
