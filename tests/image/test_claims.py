@@ -1,33 +1,16 @@
 """Claims on real data, several seeds, with a margin. Slow: `make test-claims`."""
 
-import json
-import math
 import statistics
-from pathlib import Path
 
 import pytest
-
-from lit_distill.experiment.recipe import run_recipe
-
-ROOT = Path(__file__).parents[2]
+from claims import difference, results_of
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    root = tmp_path_factory.mktemp("claims")
-    assert run_recipe(str(ROOT / "configs/recipes/image_small.yaml"), root=str(root)) == 0
-    found = {}
-    for path in root.glob("image_small/*/summary.json"):
-        summary = json.loads(path.read_text())
-        found.setdefault(summary["stage"], {})[summary["seed"]] = summary["metrics"]
-    return found
-
-
-def difference(results, stage, metric):
-    pairs = [results[stage][seed][metric] - results["baseline"][seed][metric] for seed in results["baseline"]]
-    return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return results_of("image_small", tmp_path_factory.mktemp("claims"))
 
 
 def test_kd_beats_the_student_alone_by_two_points_and_two_standard_errors(results):

@@ -1,14 +1,9 @@
 """What defensive distillation does and does not do, on real data, two seeds. Slow: `make test-claims`."""
 
-import json
 import statistics
-from pathlib import Path
 
 import pytest
-
-from lit_distill.experiment.recipe import run_recipe
-
-ROOT = Path(__file__).parents[2]
+from claims import results_of
 
 pytestmark = pytest.mark.slow
 
@@ -16,14 +11,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     pytest.importorskip("foolbox", reason="needs foolbox (pip install 'lit-distill[robustness]')")
-    root = tmp_path_factory.mktemp("claims")
-    assert run_recipe(str(ROOT / "configs/recipes/defensive.yaml"), root=str(root)) == 0
-    found = {}
-    for path in root.glob("defensive/*/summary.json"):
-        summary = json.loads(path.read_text())
-        for key, value in summary["metrics"].items():
-            found.setdefault(summary["stage"], {}).setdefault(key, []).append(value)
-    return {stage: {key: statistics.mean(values) for key, values in found[stage].items()} for stage in found}
+    found = results_of("defensive", tmp_path_factory.mktemp("claims"))
+    return {
+        stage: {key: statistics.mean(metrics[key] for metrics in seeds.values()) for key in next(iter(seeds.values()))}
+        for stage, seeds in found.items()
+    }
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])

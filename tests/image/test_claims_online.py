@@ -1,33 +1,14 @@
 """The claim of BD-KD on real data with noisy labels, four seeds, with a margin. Slow: `make test-claims`."""
 
-import json
-import math
-import statistics
-from pathlib import Path
-
 import pytest
-
-from lit_distill.experiment.recipe import run_recipe
-
-ROOT = Path(__file__).parents[2]
+from claims import difference, results_of
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    root = tmp_path_factory.mktemp("claims")
-    assert run_recipe(str(ROOT / "configs/recipes/bdkd_noise.yaml"), root=str(root)) == 0
-    found = {}
-    for path in root.glob("bdkd_noise/*/summary.json"):
-        summary = json.loads(path.read_text())
-        found.setdefault(summary["stage"], {})[summary["seed"]] = summary["metrics"]
-    return found
-
-
-def difference(results, stage, metric):
-    pairs = [results[stage][seed][metric] - results["baseline"][seed][metric] for seed in results["baseline"]]
-    return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return results_of("bdkd_noise", tmp_path_factory.mktemp("claims"))
 
 
 # The first is the paper's claim. DML and the controls of equal total weight meet it as well here: it is evidence for
