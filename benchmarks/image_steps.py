@@ -108,8 +108,9 @@ class Fixed(LightningDataModule):
 
 
 class Said(NamedTuple):
-    """What a network computed: outputs of the three stages, the sums before their last ReLU, embedding, logits."""
+    """What a network computed: outputs of stem and stages, the sums before the stages' last ReLU, embedding, logits."""
 
+    stem: Tensor
     stages: list[Tensor]
     before: list[Tensor]
     embedding: Tensor
@@ -118,7 +119,7 @@ class Said(NamedTuple):
 
 def said(network: ResNetCIFAR, images: Tensor, before_relu: bool) -> Said:
     """Runs a network and returns its features, those before activations only if they are wanted."""
-    x = F.relu(network.bn1(network.conv1(images)), inplace=True)
+    x = stem = F.relu(network.bn1(network.conv1(images)), inplace=True)
     stages, before = [], []
     for stage in (network.layer1, network.layer2, network.layer3):
         if before_relu:
@@ -132,7 +133,7 @@ def said(network: ResNetCIFAR, images: Tensor, before_relu: bool) -> Said:
             x = stage(x)
         stages.append(x)
     embedding = network.pool(x)
-    return Said(stages, before, embedding, network.linear(embedding))
+    return Said(stem, stages, before, embedding, network.linear(embedding))
 
 
 Parts = Any  # projectors of a method, by the names they have in its loss
@@ -196,7 +197,7 @@ def _ft(parts: Parts, s: Said, t: Said, batch: ImageBatch) -> Tensor:
 
 
 def _fsp(parts: Parts, s: Said, t: Said, batch: ImageBatch) -> Tensor:
-    pairs = pairwise(zip(s.stages, t.stages, strict=True))
+    pairs = pairwise(zip([s.stem, *s.stages], [t.stem, *t.stages], strict=True))
     return sum(flow_of_solution(s1, s2, t1, t2) for (s1, t1), (s2, t2) in pairs)
 
 
