@@ -14,11 +14,11 @@ from tqdm import tqdm
 from lit_distill.core.cache import TeacherCache, weights_fingerprint
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
+from lit_distill.core.metrics import classification_metrics, reliability
 from lit_distill.core.networks import freeze
 from lit_distill.core.schedules import Schedule, value_at
 from lit_distill.core.taps import FeatureTaps, probe
 from lit_distill.image.data import ImageBatch
-from lit_distill.image.metrics import classification_metrics, reliability
 
 
 def _no_labels() -> Tensor:

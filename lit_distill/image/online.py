@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.metrics import CalibrationError, TemperatureScaling, classification_metrics
 from lit_distill.core.schedules import Schedule, value_at
 from lit_distill.core.taps import probe
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import ImageDistiller, check_classes, count_classes
-from lit_distill.image.metrics import CalibrationError, TemperatureScaling, classification_metrics
 
 
 class OnlineDistiller(ImageDistiller):

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from lit_distill.core.data import stratified_order
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.image.augment import Augment
 from lit_distill.image.data import (
@@ -26,7 +27,7 @@ from lit_distill.image.data import (
     LabelledImages,
     MNIST5kDataModule,
 )
-from lit_distill.image.data.in_memory import randomize_labels, stratified_order
+from lit_distill.image.data.in_memory import randomize_labels
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

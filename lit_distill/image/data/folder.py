@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from lit_distill.core.data import stratified_order
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.core.loading import EpochLoader, SampleLoader, derived_seed
 from lit_distill.image.augment import IMAGENET_STATISTICS, Normalize
 from lit_distill.image.data.base import ImageBatch, ImageDataModule
-from lit_distill.image.data.in_memory import stratified_order
 
 Samples = list[tuple[str, int]]  # path, label
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from lit_distill.core.data import stratified_order
 from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import EpochLoader, TensorLoader, derived_seed, take_samples
 from lit_distill.image.augment import Augment, ImageTransform, Normalize
@@ -206,28 +207,6 @@ class InMemoryImageDataModule(ImageDataModule):
 
     def _transform(self, training: bool) -> ImageTransform:
         return ImageTransform(self.normalize, self.augmentation if training and self.augment else None)
-
-
-def stratified_order(labels: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
-    """Shuffles a data set so that every stretch of it holds the classes in the proportions of the whole.
-
-    A sample's place is decided by its rank among the shuffled samples of its class, divided by the size of the class.
-
-    Args:
-        labels: Class numbers.
-        seed: Seed of the shuffling.
-
-    Returns:
-        Positions of the samples in the new order.
-    """
-    generator = torch.Generator().manual_seed(derived_seed("split", seed))
-    shuffled = torch.randperm(len(labels), generator=generator)
-    grouped = shuffled[labels[shuffled].argsort(stable=True)]  # shuffled within each class, class after class
-    sizes = labels.bincount()
-    starts = sizes.cumsum(0) - sizes
-    own = labels[grouped]
-    place = (torch.arange(len(labels)) - starts[own] + 0.5).double() / sizes[own]
-    return grouped[place.argsort(stable=True)]
 
 
 def randomize_labels(labels: Int[Tensor, " n"], share: float, num_classes: int, seed: int) -> Int[Tensor, " n"]:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_distill.core.data import stratified_order
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.core.files import atomic_path
 from lit_distill.core.loading import EpochLoader, TensorLoader
 from lit_distill.image.data.base import ImageBatch, ImageDataModule
-from lit_distill.image.data.in_memory import stratified_order
 
 Texts = list[str]
 _WIDTHS = {None: 0, "minilm": 384}

@@ -4,7 +4,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
-from lit_distill.image.metrics import CalibrationError, TemperatureScaling, classification_metrics, reliability
+from lit_distill.core.metrics import CalibrationError, TemperatureScaling, classification_metrics, reliability
 
 
 def updated(logits, labels, batch=7):
