@@ -55,8 +55,11 @@ class EpochPermutation(Sampler[int]):
         """Returns the sample positions of the current epoch, (N,) int64 on the CPU."""
         if not self.shuffle:
             return torch.arange(self.size)
-        generator = torch.Generator().manual_seed(derived_seed("order", self.seed, self.epoch))
-        return torch.randperm(self.size, generator=generator)
+        return torch.randperm(self.size, generator=self.generator())
+
+    def generator(self) -> torch.Generator:
+        """Returns what the order of the current epoch is drawn from."""
+        return torch.Generator().manual_seed(derived_seed("order", self.seed, self.epoch))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order().tolist())

@@ -1,0 +1,107 @@
+"""The graph classifier: one module for full data, subsets and distilled sets, so that runs differ by data alone."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAUROC
+
+from lit_distill.core.distiller import Distiller
+from lit_distill.core.errors import UsageError
+from lit_distill.core.metrics import classification_metrics, reliability
+from lit_distill.graph.graphs import GraphBatch
+from lit_distill.graph.models import GraphNetwork
+
+
+class GraphClassifier(Distiller):
+    r"""Trains a graph network on labelled graphs, real or distilled.
+
+    .. math:: L = \mathrm{CE}(y, z)
+
+    Validation and test are on real graphs. `auroc` is the mean over classes of one against the rest, which for two
+    classes is the ordinary one; like all metrics here, it is computed once over all batches.
+
+    Args:
+        student: The `GraphNetwork` to train.
+        kwargs: See `Distiller`.
+    """
+
+    def __init__(self, student: nn.Module, **kwargs: Any) -> None:
+        super().__init__(student, **kwargs)
+
+    def build(self) -> None:
+        """Checks that network and data fit, and makes the metrics."""
+        data = self._data()
+        data.setup()
+        check_network(self.student, data, "student")
+        self.num_classes = data.num_classes
+        self.val_metrics = graph_metrics(self.num_classes, prefix="val/")
+        self.test_metrics = graph_metrics(self.num_classes, prefix="test/")
+
+    def training_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        return self.combine({"ce": F.cross_entropy(self.student(batch), batch.labels)})
+
+    def validation_step(self, batch: GraphBatch, batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self.val_metrics.update(self.student(batch), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/*`."""
+        self._log_metrics(self.val_metrics)
+
+    def test_step(self, batch: GraphBatch, batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self.test_metrics.update(self.student(batch), batch.labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/*`, with what the training set weighs, and keeps the reliability bins."""
+        self.panels["reliability"] = reliability(self.test_metrics)
+        self._log_metrics(self.test_metrics)
+        for name, value in self._data().footprint().items():
+            self.log(f"test/{name}", float(value))
+
+    def predict_step(self, batch: GraphBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns index, label and class probabilities."""
+        return {"index": batch.index, "label": batch.labels, "probabilities": self.student(batch).softmax(1)}
+
+    def _log_metrics(self, metrics: Any) -> None:
+        self.log_dict(metrics.compute(), sync_dist=True)
+        metrics.reset()
+
+    def _data(self) -> Any:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UsageError("data is missing; graph methods ask the data module for num_classes and node_values")
+        return data
+
+
+def graph_metrics(num_classes: int, *, prefix: str) -> MetricCollection:
+    """Builds the metrics of classifiers (see `classification_metrics`) and `<prefix>auroc`; logits (B, K) go in."""
+    metrics = classification_metrics(num_classes, prefix=prefix)
+    metrics.add_metrics({"auroc": MulticlassAUROC(num_classes, thresholds=None)})
+    return metrics
+
+
+def check_network(network: nn.Module, data: Any, role: str) -> None:
+    """Checks that a network knows the labels and classes of the data.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if not isinstance(network, GraphNetwork):
+        raise UsageError(
+            f"model.{role} is {type(network).__name__}; put it as `gnn` into lit_distill.graph.models.GraphNetwork"
+        )
+    if network.num_classes != data.num_classes:
+        raise UsageError(
+            f"model.{role} has {network.num_classes} classes, the data {data.num_classes}; set num_classes to "
+            f"{data.num_classes}"
+        )
+    checks = [("node_values", network.node_values, data.node_values)]
+    if network.edge_values:
+        checks.append(("edge_values", network.edge_values, data.edge_values))
+    for key, own, needed in checks:
+        if len(own) != len(needed) or any(a < b for a, b in zip(own, needed, strict=True)):
+            raise UsageError(f"model.{role}.{key} is {list(own)}, the data have {list(needed)}; set it to that")

@@ -1,0 +1,190 @@
+"""What all graph data modules share: splits, labels by degree, checks."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lit_distill.core.data import EpochDataModule, stratified_order
+from lit_distill.core.errors import UsageError
+from lit_distill.core.loading import EpochLoader
+from lit_distill.graph.graphs import GraphLoader, GraphSet
+
+
+class GraphSource(NamedTuple):
+    """A set of graphs as it comes.
+
+    Attributes:
+        classes: Names of the classes.
+        graphs: The graphs; without node features (c = 0) where the set has none.
+        split: Positions of "train", "val" and "test", where the set has a split of its own.
+    """
+
+    classes: tuple[str, ...]
+    graphs: GraphSet
+    split: dict[str, Int[Tensor, " n"]] | None = None
+
+
+class GraphDataModule(EpochDataModule):
+    """Base of the graph data modules: a subclass says what the data are (`read`), this class splits and serves them.
+
+    Training, validation and test graphs have the same share of every class, unless the set has a split of its own.
+    Graphs lie in memory on the device that trains, and whole batches are selected; `num_workers` has no effect. The
+    last batch of an epoch may be smaller than the others.
+
+    Nodes without labels get their degree, up to the largest degree of the training part.
+
+    Args:
+        val_share: Share of the graphs for validation, where the set has no split.
+        test_share: Share of the graphs for testing, likewise.
+        kwargs: See `EpochDataModule`.
+
+    Attributes:
+        node_values: Number of values of each node feature, known after `setup`.
+        edge_values: The same of each edge feature.
+    """
+
+    drop_last = False
+    node_values: tuple[int, ...]
+    edge_values: tuple[int, ...]
+
+    def __init__(self, val_share: float = 0.1, test_share: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for key, value in {"val_share": val_share, "test_share": test_share}.items():
+            if not 0 <= value < 1:
+                raise UsageError(f"data.{key}: {value} is not a share of the graphs; give 0 up to below 1")
+        if val_share + test_share >= 1:
+            raise UsageError(
+                f"data.val_share, data.test_share: {val_share} and {test_share} leave nothing for training; lower them"
+            )
+        self.val_share = val_share
+        self.test_share = test_share
+        self._parts: dict[str, GraphSet] = {}
+
+    @abstractmethod
+    def read(self) -> GraphSource:
+        """Reads the set."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, checks and splits the graphs, once.
+
+        Raises:
+            UsageError: The graphs are not what the module expects, or too few for the shares asked for.
+        """
+        if self._parts:
+            return
+        source = self.read()
+        graphs = source.graphs
+        _check(graphs, len(source.classes))
+        split = source.split or self._split(graphs.labels)
+        if self.train_size is not None:
+            train = split["train"]
+            if self.train_size > len(train):
+                raise UsageError(
+                    f"data.train_size: {self.train_size} is more than the {len(train)} available; lower it"
+                )
+            split["train"] = train[stratified_order(graphs.labels[train], self.split_seed)][: self.train_size]
+        if not graphs.nodes.shape[1]:
+            graphs = _labelled_by_degree(graphs, split["train"])
+        self.classes = source.classes
+        self.num_classes = len(source.classes)
+        self.node_values = _values(graphs.nodes)
+        self.edge_values = _values(graphs.edges)
+        self._parts = {name: graphs.take(index) for name, index in split.items() if len(index)}
+        _check_training(self._parts["train"], self.classes)
+
+    def _split(self, labels: Int[Tensor, " g"]) -> dict[str, Int[Tensor, " n"]]:
+        order = stratified_order(labels, self.split_seed)
+        test, val = round(self.test_share * len(labels)), round(self.val_share * len(labels))
+        if test + val >= len(labels):
+            raise UsageError(f"data: {len(labels)} graphs are too few to split; lower data.val_share, data.test_share")
+        return {"test": order[:test], "val": order[test : test + val], "train": order[test + val :]}
+
+    def has_part(self, part: str) -> bool:
+        """Says whether there is such a part."""
+        self.setup()
+        return part in self._parts
+
+    def part_size(self, part: str) -> int:
+        """Returns the number of graphs in a part."""
+        return self.part(part).size
+
+    def part(self, name: str) -> GraphSet:
+        """Returns the graphs of "train", "val" or "test".
+
+        Raises:
+            UsageError: There is no such part.
+        """
+        if not self.has_part(name):
+            raise UsageError(f"data.{name}_share: it is 0, so there is no such part; give a share of the graphs")
+        return self._parts[name]
+
+    def footprint(self) -> dict[str, int]:
+        """Counts what the training set weighs: "bytes" to keep it, "bytes_expanded" as it is trained on."""
+        size = self.part("train").stored_bytes()
+        return {"bytes": size, "bytes_expanded": size}
+
+    def train_labels(self) -> Int[Tensor, " n"]:
+        """Returns the classes of the training graphs."""
+        return self.part("train").labels
+
+    def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
+        """Makes the loader of a part."""
+        return GraphLoader(self.part(part), device=device, **sampling)
+
+
+def _values(features: Tensor) -> tuple[int, ...]:
+    return tuple((features.amax(0) + 1).tolist()) if len(features) else (0,) * features.shape[1]
+
+
+def _labelled_by_degree(graphs: GraphSet, train: Tensor) -> GraphSet:
+    degrees = torch.bincount(graphs.edge_index[1], minlength=len(graphs.roots))
+    of_training = torch.zeros(graphs.size, dtype=torch.bool)
+    of_training[train] = True
+    largest = degrees[of_training[graphs.graph()]].max()
+    return GraphSet(**{**vars(graphs), "nodes": degrees.clamp(max=largest)[:, None]})
+
+
+def _check(graphs: GraphSet, num_classes: int) -> None:
+    if not graphs.size:
+        raise UsageError("data: there are no graphs; check data.root")
+    if graphs.labels.min() < 0 or graphs.labels.max() >= num_classes:
+        raise UsageError(
+            f"data: the graphs' classes run from {int(graphs.labels.min())} to {int(graphs.labels.max())}; 0 to "
+            f"{num_classes - 1} is expected"
+        )
+    empty = graphs.node_start.diff() == 0
+    if empty.any():
+        raise UsageError(f"data: graph {int(empty.nonzero()[0])} has no nodes; leave it out")
+    if (graphs.nodes.numel() and graphs.nodes.min() < 0) or (graphs.edges.numel() and graphs.edges.min() < 0):
+        raise UsageError("data: node and edge labels must be whole numbers from 0; a negative one was found")
+    source, target = graphs.edge_index
+    loops = source == target
+    if loops.any():
+        node = int(source[loops][0])
+        graph = int(graphs.graph()[node])
+        raise UsageError(
+            f"data: graph {graph} has {int(loops.sum())} edges from a node to itself in the set, the first at its node "
+            f"{node - int(graphs.node_start[graph])}; remove them (torch_geometric.utils.remove_self_loops)"
+        )
+    there, back = source * len(graphs.nodes) + target, target * len(graphs.nodes) + source
+    one_way = ~torch.isin(there, back)
+    if one_way.any():
+        first = int(one_way.nonzero()[0])
+        graph = int(graphs.graph()[source[first]])
+        begin = int(graphs.node_start[graph])
+        raise UsageError(
+            f"data: graph {graph} is directed: it has an edge from node {int(source[first]) - begin} to "
+            f"{int(target[first]) - begin} and none back; add the way back (torch_geometric.utils.to_undirected)"
+        )
+
+
+def _check_training(train: GraphSet, classes: tuple[str, ...]) -> None:
+    counts = train.labels.bincount(minlength=len(classes))
+    if (counts == 0).any():
+        missing = ", ".join(f"'{classes[number]}'" for number in (counts == 0).nonzero()[:, 0].tolist())
+        raise UsageError(
+            f"data: no training graph is of class {missing}; take more graphs (data.train_size) or another split_seed"
+        )

@@ -1,0 +1,115 @@
+"""Distilled sets as training data, with validation and test on real graphs."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_distill.core.errors import UsageError
+from lit_distill.core.loading import EpochLoader
+from lit_distill.graph.data.base import GraphDataModule, GraphSource
+from lit_distill.graph.distilled import DistilledTrees
+from lit_distill.graph.graphs import GraphLoader, GraphSet, WeightedSampler
+
+Sampling = Literal["uniform", "frequency"]
+
+
+class ReplacedTraining(GraphDataModule):
+    """Base of data modules whose training graphs stand in for those of another one, the source.
+
+    Args:
+        source: The real graphs. Its validation and test parts are used as they are.
+        batch_size: Training graphs per step over all processes.
+        seed: Seed of data order. None takes the run's seed.
+    """
+
+    def __init__(self, source: GraphDataModule, batch_size: int = 64, seed: int | None = None) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, eval_batch_size=source.eval_batch_size)
+        self.source = source
+
+    def prepare_data(self) -> None:
+        """Prepares the source."""
+        self.source.prepare_data()
+
+    def read(self) -> GraphSource:
+        """Not called: there is nothing to split."""
+        raise AssertionError("the source reads")
+
+    @abstractmethod
+    def replace(self) -> GraphSet:
+        """Makes the training graphs from those of the source."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Sets the source up, and makes the training graphs, once."""
+        if self._parts:
+            return
+        self.source.setup(stage)
+        self.classes, self.num_classes = self.source.classes, self.source.num_classes
+        self.node_values, self.edge_values = self.source.node_values, self.source.edge_values
+        train = self.replace()
+        self._parts = {name: self.source.part(name) for name in ("val", "test") if self.source.has_part(name)}
+        self._parts["train"] = train
+
+
+class TreesModule(ReplacedTraining):
+    """Base of data modules that train on a `DistilledTrees`.
+
+    Args:
+        source: The real graphs.
+        sampling: "uniform": every itemset once an epoch, as the public code does it. "frequency": as many draws as
+            there are itemsets, classes evenly and within a class by support, as the paper says.
+        kwargs: See `ReplacedTraining`.
+    """
+
+    def __init__(self, source: GraphDataModule, sampling: Sampling = "uniform", **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+        self.sampling = sampling
+        self.distilled: DistilledTrees | None = None
+
+    @abstractmethod
+    def trees(self) -> DistilledTrees:
+        """Returns the distilled set."""
+
+    def replace(self) -> GraphSet:
+        """Returns the synthetic graphs of the distilled set."""
+        self.distilled = self.trees()
+        return self.distilled.graphs()
+
+    def footprint(self) -> dict[str, int]:
+        """Counts what the training set weighs, see `DistilledTrees.footprint`."""
+        assert self.distilled is not None
+        return self.distilled.footprint()
+
+    def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
+        """Makes the loader of a part."""
+        if training and self.sampling == "frequency":
+            assert self.distilled is not None
+            sampling["sampler"] = WeightedSampler(self.distilled.frequencies(), self.run_seed)
+        return GraphLoader(self.part(part), device=device, **sampling)
+
+
+class DistilledGraphs(TreesModule):
+    """A distilled set from disk: any student trains on it without the data that it was made from.
+
+    Args:
+        folder: Folder that holds `distilled.json`, such as `runs/mirage/gin-s0/distilled`.
+        source: Real graphs with the same classes and labels, for validation and test.
+        kwargs: See `TreesModule`.
+    """
+
+    def __init__(self, folder: str | Path, source: GraphDataModule, **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
+        self.folder = Path(folder)
+
+    def trees(self) -> DistilledTrees:
+        """Reads the set, and checks that the source's graphs have the same labels and classes."""
+        distilled = DistilledTrees.load(self.folder)
+        for key in ("classes", "node_values", "edge_values"):
+            own, other = getattr(distilled, key), tuple(getattr(self.source, key))
+            if own != other:
+                raise UsageError(
+                    f"data.folder: {self.folder} was distilled from graphs with {key} {list(own)}, data.source has "
+                    f"{list(other)}; give the source that it was made from"
+                )
+        return distilled

