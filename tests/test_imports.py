@@ -9,7 +9,10 @@ import pytest
 
 import lit_distill
 
-HEAVY = ("torch", "lightning", "numpy", "transformers", "diffusers", "torch_geometric", "timm", "wandb", "plotly")
+HEAVY = (
+    *("torch", "lightning", "numpy", "transformers", "diffusers", "torch_geometric", "timm", "wandb", "plotly"),
+    *("datamol", "rdkit"),
+)
 
 
 def loaded_after(code):
@@ -26,6 +29,7 @@ def loaded_after(code):
         "import lit_distill, lit_distill.cli",
         "import lit_distill.core, lit_distill.core.errors, lit_distill.core.reference, lit_distill.core.files",
         "import lit_distill.image",
+        "import lit_distill.graph",
         "from lit_distill.cli import main; main(['methods'])",
         "from lit_distill.cli import main; main(['--help'])",
         "from lit_distill.cli import main; main(['fitt'])",
@@ -42,6 +46,12 @@ def test_the_image_domain_pulls_no_other_domains_libraries():
     assert not {"diffusers", "torch_geometric", "timm", "wandb", "plotly"} & set(loaded)
 
 
+def test_the_graph_domain_pulls_no_other_domains_libraries():
+    loaded = loaded_after("from lit_distill.graph import GraphClassifier, Mirage, TUDataModule")
+    assert "torch" in loaded
+    assert not {"diffusers", "timm", "wandb", "plotly", "datamol", "rdkit"} & set(loaded)
+
+
 def test_every_module_imports():
     names = [module.name for module in pkgutil.walk_packages(lit_distill.__path__, "lit_distill.")]
     names = [name for name in names if not name.endswith("__main__")]
@@ -50,7 +60,9 @@ def test_every_module_imports():
         importlib.import_module(name)
 
 
-@pytest.mark.parametrize("package", ["lit_distill.core", "lit_distill.image", "lit_distill.losses"])
+@pytest.mark.parametrize(
+    "package", ["lit_distill.core", "lit_distill.graph", "lit_distill.image", "lit_distill.losses"]
+)
 def test_every_public_name_is_there(package):
     module = importlib.import_module(package)
     assert [name for name in module.__all__ if getattr(module, name, None) is None] == []

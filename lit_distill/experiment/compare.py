@@ -5,6 +5,7 @@ runs with one seed share data order and initialisation, and the spread between s
 """
 
 import difflib
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -367,16 +368,17 @@ def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Sequen
 _READING_LINE = re.compile(
     r"\s*(?:- )?(?:\w*batch_size|num_workers|pin_memory|persistent_workers|prefetch_factor|augment\w*):"
 )
+_SOURCE_LINE = "    source:"  # an argument of the data module
 _ROOT_LINE = re.compile(r"(\s*root:) *['\"]?(.*?)['\"]?$")
 
 
 def _other_data(group: Group, base: Group, settings: Mapping[str, Sequence[str]]) -> str:
     """Why the two rows were not trained and tested on the same data, empty if they were."""
-    if group.data != base.data:
-        return f"its data are {group.data}, those of {base.label} are {base.data}"
     mine, theirs = settings[group.label], settings[base.label]
     if mine == theirs:
         return ""
+    if mine[:1] != theirs[:1]:  # the class path
+        return f"its data are {group.data}, those of {base.label} are {base.data}"
     ours = [line.strip() for line in mine if line not in theirs] or ["fewer settings"]
     others = [line.strip() for line in theirs if line not in mine] or ["fewer settings"]
     return f"its data have {_listed(ours[:3])}, those of {base.label} have {_listed(others[:3])}"
@@ -391,7 +393,17 @@ def _data_settings(config: tuple[str, ...]) -> list[str]:
         elif section == "data" and not _READING_LINE.match(line):
             root = _ROOT_LINE.match(line)  # where the folder lies differs by machine, its name says what it is
             settings.append(f"{root[1]} {Path(root[2]).name}" if root else line)
-    return settings
+    return _of_source(settings)
+
+
+def _of_source(settings: list[str]) -> list[str]:
+    """The settings of the data that distilled ones were made from and are tested on, where there is such a source."""
+    if _SOURCE_LINE not in settings:
+        return settings
+    inside = itertools.takewhile(
+        lambda line: line.startswith(_SOURCE_LINE[:4] + "  "), settings[settings.index(_SOURCE_LINE) + 1 :]
+    )
+    return [line[4:] for line in inside]
 
 
 def _check_metric(metric: str, known: set[str]) -> None:

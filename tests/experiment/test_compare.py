@@ -208,6 +208,39 @@ def test_unlike_data_are_never_subtracted(write_run, compared, other, why):
     assert why in kd.why_none
 
 
+DISTILLED = """seed_everything: {seed}
+model:
+  class_path: {method}
+data:
+  class_path: {data}
+  init_args:
+    source:
+      class_path: lit_distill.image.Digits
+      init_args:
+        root: {root}
+        batch_size: 7
+        train_size: {train_size}
+        seed: {seed}
+    depth: 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"root": "elsewhere/digits"}, ""),
+        ({"root": "data/letters"}, "its data have root: letters, those of baseline have root: digits"),
+    ],
+)
+def test_distilled_data_are_compared_with_others_of_the_same_source(write_run, compared, other, why):
+    for seed in (0, 1):
+        write_run("baseline", seed)
+        write_run("mirage", seed, data="lit_distill.graph.Mirage", config=DISTILLED, **other)
+    mirage = row(compared(), "mirage")
+    assert (mirage.difference is None) == bool(why)
+    assert why in (mirage.why_none or "")
+
+
 def test_the_same_data_in_another_place_are_subtracted(write_run, compared):
     for seed in (0, 1):
         write_run("baseline", seed, root="data/digits")

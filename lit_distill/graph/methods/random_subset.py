@@ -60,7 +60,7 @@ class RandomSubset(ReplacedTraining):
         return train.take(within_budget(train, queues, self.bytes))
 
 
-def within_budget(graphs: GraphSet, queues: list[Int[Tensor, " n"]], budget: int) -> Int[Tensor, " m"]:
+def within_budget(graphs: GraphSet, queues: list[Int[Tensor, " _"]], budget: int) -> Int[Tensor, " taken"]:
     """Takes graphs from queues in turn while they fit.
 
     Args:
