@@ -9,7 +9,7 @@ import yaml
 
 from lit_distill.experiment.recipe import run_recipe
 
-RECIPES = Path(__file__).parents[2] / "configs/recipes"
+RECIPES = Path(__file__).parents[1] / "configs/recipes"
 
 
 def results_of(name, root, change=None):
