@@ -336,8 +336,10 @@ def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapp
 
 
 def size_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
-    """The metric against the student's parameters, on a logarithmic axis."""
-    metric, size = comparison.metric, "efficiency/student_params"
+    """The metric against size on a logarithmic axis: bytes of distilled data where there are any, else parameters."""
+    metric, size, unit, axis = comparison.metric, "efficiency/student_params", "parameters", "parameters of the student"
+    if any("test/bytes" in group.stats for group in groups):
+        size, unit, axis = "test/bytes", "bytes", "bytes of the training set"
     shown = [
         group for group in groups if metric in group.stats and group.stats.get(size) and group.stats[size].mean > 0
     ]
@@ -360,7 +362,7 @@ def size_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[st
                     "width": 4,
                 },
                 "marker": {"color": f"@{look.colour}", "symbol": look.symbol, "size": 12},
-                "hovertemplate": f"{_plain(group.label)}: %{{y:.4~g}} with %{{x:,}} parameters<extra></extra>",
+                "hovertemplate": f"{_plain(group.label)}: %{{y:.4~g}} with %{{x:,}} {unit}<extra></extra>",
             }
         )
     return Figure(
@@ -369,17 +371,17 @@ def size_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[st
         "Mean with two standard errors; up and to the left is better."
         if not lower_is_better(metric)
         else "Mean with two standard errors; down and to the left is better.",
-        "; ".join(f"{g.label}: {g.stats[size].mean:,.0f} parameters, {show(metric, g.stats[metric])}" for g in shown),
+        "; ".join(f"{g.label}: {g.stats[size].mean:,.0f} {unit}, {show(metric, g.stats[metric])}" for g in shown),
         {
             "": {
                 "data": data,
                 "layout": {
-                    "xaxis": {"type": "log", "title": {"text": "parameters of the student"}, "dtick": 1, "nticks": 6},
+                    "xaxis": {"type": "log", "title": {"text": axis}, "dtick": 1, "nticks": 6},
                     "yaxis": {"title": {"text": _axis_title(metric)}},
                 },
             }
         },
-        ("stage", "parameters", _axis_title(metric)),
+        ("stage", unit, _axis_title(metric)),
         [(g.label, f"{g.stats[size].mean:,.0f}", show(metric, g.stats[metric])) for g in shown],
         height=420,
     )
@@ -538,7 +540,7 @@ def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
                 "data": data,
                 "layout": {
                     "xaxis": {
-                        "title": {"text": "size of the attack (epsilon, pixels in 0 to 1)"},
+                        "title": {"text": "epsilon, of pixels in [0, 1]"},
                         "rangemode": "tozero",
                     },
                     "yaxis": {"title": {"text": "accuracy"}, "range": [-0.02, 1.02], "dtick": 0.25},

@@ -95,6 +95,15 @@ def test_the_figures_draw_the_values_of_the_runs(quick, page):
     assert [trace["x"] for trace in specs["size"][""]["data"]] == [[100_000], [1000], [1000], [1000]]
 
 
+def test_distilled_data_are_drawn_against_their_bytes(write_run, page):
+    for seed in (0, 1):
+        write_run("full", seed, {"test/acc": 0.9, "test/bytes": 5000.0})
+        write_run("mirage", seed, {"test/acc": 0.8, "test/bytes": 40.0})
+    specs = specs_of(page(baseline="full").read_text())
+    assert sorted(trace["x"][0] for trace in specs["size"][""]["data"]) == [40.0, 5000.0]
+    assert specs["size"][""]["layout"]["xaxis"]["title"]["text"] == "bytes of the training set"
+
+
 HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "%{x}<b>")
 
 

@@ -14,7 +14,7 @@ from lit_distill.graph.graphs import GraphSet
 
 
 class RandomSubset(ReplacedTraining):
-    """Some training graphs of the source, drawn at random and as many of each class, or as many as fit into a budget.
+    """Training graphs drawn at random, so many of each class or within so many bytes.
 
     For a fair comparison with a distilled set the budget is that set's bytes. Graphs are added class by class in turn;
     one that does not fit any more ends the turn of its class.
