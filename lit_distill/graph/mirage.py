@@ -11,7 +11,7 @@ from lit_distill.core.errors import UsageError
 from lit_distill.graph.distilled import DistilledTrees, pack
 from lit_distill.graph.graphs import GraphSet
 from lit_distill.graph.itemsets import Itemset, Kind, frequent_itemsets
-from lit_distill.graph.trees import TreeTable, computation_trees
+from lit_distill.graph.trees import TreeTable, computation_trees_by_graph
 
 LARGEST_TREE = 1_000_000
 
@@ -66,7 +66,14 @@ def distil(
         raise UsageError(f"threshold has {len(threshold)} values, the data {len(classes)} classes; give one for each")
     node_rows, nodes = _interned(graphs.nodes)
     edge_rows, edges = _interned(graphs.edges)
-    table, trees = computation_trees(nodes, graphs.edge_index.numpy(), edges, depth)
+    table, trees = computation_trees_by_graph(
+        nodes,
+        graphs.edge_index.numpy(),
+        edges,
+        depth,
+        node_start=graphs.node_start.numpy(),
+        edge_start=graphs.edge_start.numpy(),
+    )
     graph, labels = graphs.graph().numpy(), graphs.labels.numpy()
     found: list[tuple[Itemset, int]] = []
     counts = np.bincount(labels, minlength=len(classes)).tolist()

@@ -7,7 +7,7 @@ from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph import trees as module
-from lit_distill.graph.trees import computation_trees, ranges
+from lit_distill.graph.trees import computation_trees, computation_trees_by_graph, ranges
 
 
 def trees_of(graphs, depth):
@@ -165,6 +165,24 @@ def test_keys_beyond_64_bits_are_sorted_in_two_steps(monkeypatch, random_set):
     monkeypatch.setattr(module, "LARGEST", 1)
     found = trees_of(graphs, 3)
     assert all(np.array_equal(a, b) for a, b in zip(wanted[0], found[0], strict=True))
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 10**6])
+@pytest.mark.parametrize(("kinds", "depth"), [(None, 0), (None, 2), (2, 3)])
+def test_graph_after_graph_gives_the_same_table(random_set, kinds, depth, at_once):
+    graphs = random_set(kinds=kinds)
+    wanted = trees_of(graphs, depth)
+    found = computation_trees_by_graph(
+        graphs.nodes[:, 0].numpy(),
+        graphs.edge_index.numpy(),
+        graphs.edges[:, 0].numpy() if kinds else None,
+        depth,
+        node_start=graphs.node_start.numpy(),
+        edge_start=graphs.edge_start.numpy(),
+        nodes_at_once=at_once,
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(wanted[0], found[0], strict=True))
+    assert np.array_equal(wanted[1], found[1])
 
 
 def test_isolated_nodes_and_sets_without_edges(make_set):
