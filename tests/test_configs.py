@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch_geometric.nn.models import GIN
 
 from lit_distill.cli import main
 from lit_distill.experiment.export import save_student
 from lit_distill.experiment.launch import DistillCLI
 from lit_distill.experiment.methods import find_methods
 from lit_distill.experiment.recipe import read_recipe
+from lit_distill.graph import GraphNetwork
 from lit_distill.image.models import LeNet, ResNetCIFAR
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,15 @@ def teachers(tmp_path_factory):
         {"class_path": f"{models}.ResNetCIFAR", "init_args": large},
         folder / "large/student",
     )
+    gin = {"in_channels": 64, "hidden_channels": 64, "num_layers": 1}
+    gnn = {"class_path": "torch_geometric.nn.models.GIN", "init_args": gin}
+    network = GraphNetwork(GIN(**gin), [10], 3)
+    spec = {"gnn": gnn, "node_values": [10], "num_classes": 3}
+    save_student(
+        network.state_dict(),
+        {"class_path": "lit_distill.graph.GraphNetwork", "init_args": spec},
+        folder / "graph/student",
+    )
     return folder
 
 
@@ -47,7 +58,8 @@ def words(path, teachers, root):
         pytest.importorskip("datamol", reason="datamol is not installed (extra 'molecules')")
     config = yaml.safe_load(path.read_text())
     chosen = ["fit", *CPU, "-c", str(path), f"--run.root={root}", "--run.name=x", "--trainer.enable_progress_bar=false"]
-    weights = str(teachers / ("small" if path.stem.endswith("_small") else "large"))
+    kind = "graph" if path.parent.name == "graph" else "small" if path.stem.endswith("_small") else "large"
+    weights = str(teachers / kind)
     model = config["model"]["init_args"]
     if "weights" in model.get("teacher", {}).get("init_args", {}):
         chosen.append(f"--model.init_args.teacher.init_args.weights={weights}")

@@ -52,8 +52,13 @@ class GraphClassifier(Distiller):
         self._log_metrics(self.val_metrics)
 
     def test_step(self, batch: GraphBatch, batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self.test_metrics.update(self.student(batch), batch.labels)
+        """Adds a batch to the metrics, and what a teacher says of it."""
+        logits = self.student(batch)
+        self.test_metrics.update(logits, batch.labels)
+        if self.teacher is not None:
+            teacher, size = self.teacher(batch).argmax(1), len(batch.labels)
+            self.log("test/teacher_acc", (teacher == batch.labels).float().mean(), batch_size=size, sync_dist=True)
+            self.log("test/agreement", (teacher == logits.argmax(1)).float().mean(), batch_size=size, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/*`, with what the training set weighs, and keeps the reliability bins."""
