@@ -48,7 +48,8 @@ class GraphNetwork(nn.Module):
         width_out = out_channels or getattr(gnn, "out_channels", None)
         if not isinstance(width_in, int) or not isinstance(width_out, int):
             raise UsageError(f"{type(gnn).__name__} does not name its widths; give in_channels and out_channels")
-        if edge_values and "edge_attr" not in signature(gnn.forward).parameters:
+        # torch-geometric's networks all have the argument, and say of themselves whether they read it.
+        if edge_values and not getattr(gnn, "supports_edge_attr", "edge_attr" in signature(gnn.forward).parameters):
             raise UsageError(f"{type(gnn).__name__} takes no edge_attr; leave edge_values out, or take another network")
         self.gnn = gnn
         self.node_values, self.edge_values = tuple(node_values), tuple(edge_values)

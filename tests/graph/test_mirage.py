@@ -26,7 +26,7 @@ class Given(GraphDataModule):
         return self.given
 
 
-def distilled(graphs, threshold=(0.5, 0.5), depth=1, classes=("a", "b"), **kwargs):
+def distilled(graphs, threshold=(0.2, 0.2), depth=1, classes=("a", "b"), **kwargs):
     values = tuple((graphs.nodes.amax(0) + 1).tolist())
     kinds = tuple((graphs.edges.amax(0) + 1).tolist())
     return distil(graphs, classes, depth=depth, threshold=threshold, node_values=values, edge_values=kinds, **kwargs)
@@ -96,6 +96,7 @@ def test_synthetic_graphs_are_trees_side_by_side_with_their_roots_marked(random_
     graphs = found.graphs()
     assert graphs.labels.tolist() == found.labels.tolist()
     sizes = found.tree_start.diff()
+    assert sizes.max() > 2
     for number in range(found.size):
         members = found.member[found.set_start[number] : found.set_start[number + 1]]
         one = graphs.take(torch.tensor([number]))
@@ -123,8 +124,24 @@ def test_a_graph_of_different_trees_is_seen_as_its_itemset(make_set, gnn):
     torch.testing.assert_close(real, synthetic, rtol=0, atol=1e-12)
 
 
+def test_edge_labels_reach_a_network_that_reads_them(make_set):
+    one = ([0, 1, 2, 1], [(0, 1), (1, 2), (2, 3)], [0, 1, 1])
+    graphs = make_set([one, one, ([2, 2], [(0, 1)], [0]), ([2, 2], [(0, 1)], [0])], [0, 0, 1, 1])
+    found = distilled(graphs, (1, 1), depth=2, kind="maximal")
+    network = GraphNetwork(GAT(8, 8, 2, edge_dim=4, add_self_loops=False), [3], 2, edge_values=[2]).double().eval()
+    with torch.no_grad():
+        real = network(graphs.batch(torch.tensor([0])))
+        synthetic = network(found.graphs().batch(torch.tensor([0])))
+        batch = graphs.batch(torch.tensor([0]))
+        other = network(batch._replace(edges=1 - batch.edges))
+    torch.testing.assert_close(real, synthetic, rtol=0, atol=1e-12)
+    assert (real - other).abs().max() > 1e-4
+    with pytest.raises(UsageError, match="GIN takes no edge_attr; leave edge_values out"):
+        GraphNetwork(GIN(8, 8, 2), [3], 2, edge_values=[2])
+
+
 def test_only_roots_are_read_out(random_set):
-    graphs = distilled(random_set(nodes=6, labels=2, density=0.3), (0.3, 0.3)).graphs()
+    graphs = distilled(random_set(nodes=6, labels=2, density=0.3), (0.2, 0.2)).graphs()
     batch = graphs.batch(torch.tensor([0, graphs.size - 1]))
     network = GraphNetwork(GIN(8, 8, 1), [2], 2).eval()
     nodes = network.embed_nodes(batch)
@@ -145,6 +162,7 @@ def test_bytes_are_counted_once_stored_and_as_often_as_used(random_set):
     nodes, edges = int(sizes[found.member].sum()), int((sizes - 1)[found.member].sum())
     assert found.footprint() == {"bytes": stored, "bytes_expanded": 4 * nodes + 12 * edges}
     assert len(found.member) > len(sizes)
+    assert edges > 5
 
 
 def test_several_node_features_are_one_label(make_set):
@@ -187,7 +205,7 @@ def test_a_set_on_disk_is_the_same_set_and_needs_no_pickle(random_set, tmp_path)
     for name, value in vars(found).items():
         other = getattr(again, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-    assert again.description["min_support"] == [5, 5]
+    assert again.description["min_support"] == [2, 2]
 
 
 def test_other_versions_and_broken_files_are_refused_in_one_line(random_set, tmp_path):
