@@ -56,7 +56,8 @@ class GraphNetwork(nn.Module):
         self.num_classes = num_classes
         self.readout = readout
         self.node_embeddings = nn.ModuleList(nn.Embedding(values, width_in) for values in self.node_values)
-        edge_width = getattr(gnn, "edge_dim", None) or width_in
+        widths = (getattr(module, "edge_dim", None) for module in gnn.modules())  # of the convolutions inside
+        edge_width = next((width for width in widths if isinstance(width, int)), width_in)
         self.edge_embeddings = nn.ModuleList(nn.Embedding(values, edge_width) for values in self.edge_values)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width_out, num_classes)
