@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -322,9 +323,15 @@ def _quieten() -> None:
     )
     for message in ignored:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(words in record.getMessage() for words in ("litlogger", "`weights_only` was not set"))
-    )
+    for place, words in (
+        ("utilities.rank_zero", "litlogger"),
+        ("trainer.connectors.checkpoint_connector", "`weights_only` was not set"),  # at each resume point
+    ):
+        logging.getLogger(f"lightning.pytorch.{place}").addFilter(_without(words))
+
+
+def _without(words: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: words not in record.getMessage()
 
 
 def _has_test_data(datamodule: Any, model: Any) -> bool:
