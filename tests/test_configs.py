@@ -63,6 +63,8 @@ def words(path, teachers, root):
     model = config["model"]["init_args"]
     if "weights" in model.get("teacher", {}).get("init_args", {}):
         chosen.append(f"--model.init_args.teacher.init_args.weights={weights}")
+    if "network" in config["data"]["init_args"]:
+        chosen.append(f"--data.init_args.network.init_args.weights={weights}")
     if "teachers" in model:
         one = {"class_path": "lit_distill.core.pretrained", "init_args": {"weights": weights}}
         chosen.append(f"--model.init_args.teachers={json.dumps([one, one])}")

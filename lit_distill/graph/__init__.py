@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from lit_distill.graph.data import DistilledGraphs, GraphDataModule, SolubilityDataModule, TUDataModule
     from lit_distill.graph.distilled import DistilledTrees
     from lit_distill.graph.graphs import GraphBatch, GraphSet
+    from lit_distill.graph.methods.coresets import Herding, KCenter
     from lit_distill.graph.methods.kd import KD
     from lit_distill.graph.methods.mirage import Mirage
     from lit_distill.graph.methods.random_subset import RandomSubset
     from lit_distill.graph.models import DeepSets, GraphNetwork
 
 _MODULES = {
+    "Herding": "methods.coresets",
+    "KCenter": "methods.coresets",
     "KD": "methods.kd",
     "Mirage": "methods.mirage",
     "RandomSubset": "methods.random_subset",
@@ -33,6 +36,8 @@ _MODULES = {
 }
 
 __all__ = [  # noqa: RUF022 (methods first, then base, data)
+    "Herding",
+    "KCenter",
     "KD",
     "Mirage",
     "RandomSubset",

@@ -89,24 +89,30 @@ def graph_metrics(num_classes: int, *, prefix: str) -> MetricCollection:
     return metrics
 
 
-def check_network(network: nn.Module, data: Any, role: str) -> None:
+def check_network(network: nn.Module, data: Any, role: str, key: str = "model") -> None:
     """Checks that a network knows the labels and classes of the data.
+
+    Args:
+        network: The network.
+        data: A graph data module, set up.
+        role: Its argument in the configuration, such as "student".
+        key: What has that argument.
 
     Raises:
         UsageError: It does not.
     """
     if not isinstance(network, GraphNetwork):
         raise UsageError(
-            f"model.{role} is {type(network).__name__}; put it as `gnn` into lit_distill.graph.models.GraphNetwork"
+            f"{key}.{role} is {type(network).__name__}; put it as `gnn` into lit_distill.graph.models.GraphNetwork"
         )
     if network.num_classes != data.num_classes:
         raise UsageError(
-            f"model.{role} has {network.num_classes} classes, the data {data.num_classes}; set num_classes to "
+            f"{key}.{role} has {network.num_classes} classes, the data {data.num_classes}; set num_classes to "
             f"{data.num_classes}"
         )
     checks = [("node_values", network.node_values, data.node_values)]
     if network.edge_values:
         checks.append(("edge_values", network.edge_values, data.edge_values))
-    for key, own, needed in checks:
+    for name, own, needed in checks:
         if len(own) != len(needed) or any(a < b for a, b in zip(own, needed, strict=True)):
-            raise UsageError(f"model.{role}.{key} is {list(own)}, the data have {list(needed)}; set it to that")
+            raise UsageError(f"{key}.{role}.{name} is {list(own)}, the data have {list(needed)}; set it to that")

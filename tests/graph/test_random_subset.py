@@ -3,7 +3,8 @@ import torch
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph.data import GraphDataModule, GraphSource
-from lit_distill.graph.methods.random_subset import RandomSubset, within_budget
+from lit_distill.graph.data.subset import within_budget
+from lit_distill.graph.methods.random_subset import RandomSubset
 
 
 class Given(GraphDataModule):

@@ -1,86 +1,22 @@
 """A random part of the training graphs: what every distilled set has to beat at the same size."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import derived_seed
-from lit_distill.graph.data.base import GraphDataModule
-from lit_distill.graph.data.distilled import ReplacedTraining
+from lit_distill.graph.data.subset import Subset
 from lit_distill.graph.graphs import GraphSet
 
 
-class RandomSubset(ReplacedTraining):
+class RandomSubset(Subset):
     """Training graphs drawn at random, so many of each class or within so many bytes.
 
-    For a fair comparison with a distilled set the budget is that set's bytes. Graphs are added class by class in turn;
-    one that does not fit any more ends the turn of its class.
-
-    Args:
-        source: The real graphs.
-        per_class: Graphs of each class; leave out if `bytes` is given.
-        bytes: What the subset may weigh, see `GraphSet.stored_bytes`; leave out for `per_class`. The first graph
-            of each class is taken even if it weighs more: without it nothing could be learnt of that class.
-        kwargs: See `ReplacedTraining`. The seed decides the draw, too, so that runs see different subsets.
+    The seed decides the draw, too, so that runs see different subsets.
     """
 
-    def __init__(
-        self,
-        source: GraphDataModule,
-        per_class: int | None = None,
-        bytes: int | None = None,  # the word for it
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(source, **kwargs)
-        if (per_class is None) == (bytes is None):
-            raise UsageError("data.per_class, data.bytes: give one of the two")
-        for key, value in {"per_class": per_class, "bytes": bytes}.items():
-            if value is not None and value < 1:
-                raise UsageError(f"data.{key} is {value}; give 1 or more")
-        self.per_class = per_class
-        self.bytes = bytes
-
-    def replace(self) -> GraphSet:
-        """Draws the subset."""
-        train = self.source.part("train")
+    def orders(self, train: GraphSet) -> list[Int[Tensor, " _"]]:
+        """Returns the graphs of each class in random order."""
         generator = torch.Generator().manual_seed(derived_seed("subset", self.run_seed))
         order = torch.randperm(train.size, generator=generator)
-        queues = [order[train.labels[order] == number] for number in range(self.num_classes)]
-        if self.per_class is not None:
-            fewest = min(len(queue) for queue in queues)
-            if self.per_class > fewest:
-                raise UsageError(
-                    f"data.per_class is {self.per_class}; the smallest class has {fewest} graphs, lower it"
-                )
-            return train.take(torch.cat([queue[: self.per_class] for queue in queues]))
-        assert self.bytes is not None
-        return train.take(within_budget(train, queues, self.bytes))
-
-
-def within_budget(graphs: GraphSet, queues: list[Int[Tensor, " _"]], budget: int) -> Int[Tensor, " taken"]:
-    """Takes graphs from queues in turn while they fit.
-
-    Args:
-        graphs: The set.
-        queues: Positions of graphs, one queue for each class. The first of each is taken in any case.
-        budget: Bytes, by the measure of `GraphSet.stored_bytes`.
-
-    Returns:
-        Positions of the graphs taken.
-    """
-    nodes, edges = graphs.node_start.diff(), graphs.edge_start.diff()
-    weights = 4 * nodes * graphs.nodes.shape[1] + (8 + 4 * graphs.edges.shape[1]) * edges
-    taken = [int(queue[0]) for queue in queues]
-    left = budget - int(weights[taken].sum())
-    open_queues = [queue[1:].tolist() for queue in queues]
-    while any(open_queues):
-        for queue in open_queues:
-            if queue and weights[queue[0]] <= left:
-                taken.append(queue.pop(0))
-                left -= int(weights[taken[-1]])
-            else:
-                queue.clear()
-    return torch.tensor(taken)
+        return [order[train.labels[order] == number] for number in range(self.num_classes)]
