@@ -254,10 +254,10 @@ def hierarchical_context(
 def on_smaller_grid(first: Float[Tensor, "b c1 h1 w1"], second: Float[Tensor, "b c2 h2 w2"]) -> tuple[Tensor, Tensor]:
     """Average-pools two maps to the smaller height and the smaller width of the two; returns both."""
     (h_1, w_1), (h_2, w_2) = first.shape[-2:], second.shape[-2:]
-    if (h_1, w_1) == (h_2, w_2):
-        return first, second
     grid = (min(h_1, h_2), min(w_1, w_2))
-    return F.adaptive_avg_pool2d(first, grid), F.adaptive_avg_pool2d(second, grid)
+    # Not what has the grid already: torch would copy it, forward and backward.
+    first, second = (x if x.shape[-2:] == grid else F.adaptive_avg_pool2d(x, grid) for x in (first, second))
+    return first, second
 
 
 def _mean_square(difference: Tensor) -> Tensor:
