@@ -116,6 +116,7 @@ def peer(root: Path, script: Path, graphs: int = 300) -> None:
     tree = ast.parse(script.read_text(encoding="utf-8"))
     chosen = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in PEER]
     theirs: dict = {"nx": nx, "np": np}
+    # Their script would run on import; so only its functions are taken, of a file that the user has named.
     exec(compile(ast.Module(chosen, []), str(script), "exec"), theirs)
     data = TUDataModule(root, "NCI1")
     some = data.part("train").take(torch.arange(graphs))
