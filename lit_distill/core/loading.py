@@ -79,7 +79,7 @@ class Transform(Protocol):
         """Returns (count, k) int64 on the CPU, one row of random numbers a sample; k = 0 where nothing is random."""
 
     def __call__(self, values: Tensor, draws: Tensor, /) -> Tensor:
-        """Transforms (b, ...) with draws (b, k), both on one device."""
+        """Transforms (b, ...) on any device with draws (b, k), which are on the CPU."""
 
 
 class EpochLoader(ABC):
@@ -249,7 +249,7 @@ class TensorLoader(EpochLoader):
             for name, transform in self.transforms.items():
                 generator = torch.Generator().manual_seed(derived_seed(name, self.sampler.seed, epoch, number))
                 draws = transform.draw(stop - first, generator)[share]
-                fields[name] = transform(fields[name], draws.to(self.device))
+                fields[name] = transform(fields[name], draws)
             yield self.make_batch(**fields, index=index)
 
 

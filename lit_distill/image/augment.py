@@ -7,18 +7,28 @@ fingerprint.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from lit_distill.core.loading import Transform
+
 # Mean and standard deviation per channel, of pixels / 255.
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MNIST_STATISTICS = ((0.1307,), (0.3081,))
+
+
+class Augmentation(Transform, Protocol):
+    """A transform of uint8 images to others of the same size."""
+
+    @property
+    def random(self) -> bool:
+        """Whether an image comes out differently each time."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Augment:
         """Crops and mirrors; the result is channels_last."""
         b, c, h, w = images.shape
         p = self.crop_padding
-        top, left, flip = draws.unbind(1)
+        top, left, flip = draws.to(images.device).unbind(1)
         pixels = images.permute(0, 2, 3, 1)  # (b h w c), in which one row of a crop is w * c consecutive bytes
         padded = self._pad(torch.cat([pixels, pixels.flip(2)]) if self.flip else pixels)
         height, width = h + 2 * p, w + 2 * p
@@ -117,7 +127,7 @@ class ImageTransform:
     """
 
     normalize: Normalize
-    augment: Augment | None = None
+    augment: Augmentation | None = None
 
     @property
     def random(self) -> bool:

@@ -152,20 +152,61 @@ def multi_level(
             less. The means are still over all B and K.
 
     Reference: Jin, Wang, Lin, Multi-Level Logit Distillation, 2023 (CVPR, no arXiv entry). T^2 and the factors 1/B and
-    1/K are those of its public code. The masks are there too, but multiplied into a loss already averaged, so that no
-    sample is left out and half of the term is.
+    1/K are those of its public code; see `multi_level_published` for what else that code does.
     """
     teacher_logits = teacher_logits.detach()
-    samples = classes = None
-    if unsure_only:
-        probabilities = teacher_logits.softmax(1)
-        samples, classes = _lower_half(probabilities.amax(1)), _lower_half(probabilities.sum(0))
+    samples, classes = _unsure(teacher_logits) if unsure_only else (None, None)
     total = student_logits.new_zeros(())
     for temperature in temperatures:
         student, teacher = (student_logits / temperature).softmax(1), (teacher_logits / temperature).softmax(1)
         instance = forward_kl(student_logits, teacher_logits, temperature=temperature, reduction="none")
         batch, by_class = _gram_difference(student, teacher), _gram_difference(student.T, teacher.T)
         total = total + _masked_mean(instance + batch, samples) + _masked_mean(by_class, classes)
+    return total
+
+
+@in_float32
+def multi_level_published(
+    student_weak: Float[Tensor, "b k"],
+    student_strong: Float[Tensor, "b k"],
+    teacher_weak: Float[Tensor, "b k"],
+    teacher_strong: Float[Tensor, "b k"],
+    *,
+    standardize: bool = False,
+) -> Float[Tensor, ""]:
+    r"""Computes what the public code of multi-level logit distillation computes on a weak and a strong view.
+
+    .. math:: \sum_{T=2}^{6} \big[ m (S_T + B_T) + c \, C_T \big]
+        + \sum_{T \in \{3, 4, 5\}} S_T^{strong} + \sum_{T \in \{2, 6\}} S_T
+
+    Here S, B and C are the three parts of `multi_level` (samples, batch, classes), on the weak view where not marked;
+    m and c are the shares of samples and of classes that the teacher is unsure of: 1/2, but for ties and odd numbers.
+    It reads as if masks were to leave out the other half, as if the strong view were to have all five temperatures,
+    and as if it were to have B and C, which the code computes and does not add.
+
+    Args:
+        student_weak: (B, K), on the weak view.
+        student_strong: (B, K), on the strong view.
+        teacher_weak: (B, K), on the weak view, detached here.
+        teacher_strong: (B, K), on the strong view, detached here.
+        standardize: Whether S compares standardized logits, as in the code of Sun et al., 2024, arXiv 2403.01427; B
+            and C do not.
+
+    Reference: Jin, Wang, Lin, Multi-Level Logit Distillation, 2023 (CVPR, no arXiv entry).
+    """
+    teacher_weak, teacher_strong = teacher_weak.detach(), teacher_strong.detach()
+    samples, classes = (mask.float().mean() for mask in _unsure(teacher_weak))
+    scale = standardize_logits if standardize else lambda logits: logits
+    weak, strong = (
+        [scale(logits) for logits in view] for view in ((student_weak, teacher_weak), (student_strong, teacher_strong))
+    )
+    total = student_weak.new_zeros(())
+    for temperature in (2.0, 3.0, 4.0, 5.0, 6.0):
+        student, teacher = (student_weak / temperature).softmax(1), (teacher_weak / temperature).softmax(1)
+        instance = forward_kl(*weak, temperature=temperature)
+        batch, by_class = _gram_difference(student, teacher).mean(), _gram_difference(student.T, teacher.T).mean()
+        second = instance if temperature in (2.0, 6.0) else forward_kl(*strong, temperature=temperature)
+        total = total + samples * (instance + batch) + classes * by_class + second
     return total
 
 
@@ -310,6 +351,12 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 def _gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
     """For each row the sum of squared differences of its inner products with all rows."""
     return (student @ student.T - teacher @ teacher.T).square().sum(1)
+
+
+def _unsure(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples with the smaller largest probabilities, and the classes that the teacher sees less of."""
+    probabilities = teacher_logits.softmax(1)
+    return _lower_half(probabilities.amax(1)), _lower_half(probabilities.sum(0))
 
 
 def _lower_half(values: Tensor) -> Tensor:

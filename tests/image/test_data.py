@@ -234,6 +234,36 @@ def test_shares_of_two_processes_make_the_batches_of_one():
         assert torch.equal(batch.images, torch.cat([one.images, two.images]))
 
 
+def test_strong_view_is_a_second_one_of_the_same_samples():
+    def batches(number=0, **kwargs):
+        loader = Stripes(batch_size=36, seed=0, **kwargs).train_dataloader()
+        loader.sampler.set_epoch(number)
+        return next(iter(loader))
+
+    plain, both = batches(augment=True), batches(augment=True, strong_view=True)
+    assert plain.strong is None
+    assert torch.equal(both.images, plain.images)  # the first view is what it is without the second
+    assert torch.equal(both.strong, batches(augment=True, strong_view=True).strong)
+    for other in (both.images, batches(1, augment=True, strong_view=True).strong):
+        assert sum(torch.equal(a, b) for a, b in zip(both.strong, other, strict=True)) < 4
+    clean = batches(strong_view=True)
+    order, first = clean.index.argsort(), clean.images.flatten(1)[:, 0]
+    assert torch.equal(first[order].diff(), first.sort().values.diff())  # not augmented: sorted by the first pixel
+    assert not torch.equal(clean.strong, clean.images)
+    data = Stripes(strong_view=True)
+    assert all(batch.strong is None for loader in (data.val_dataloader(), data.ordered_loader()) for batch in loader)
+    assert data.fingerprint()["random"]
+    assert not Stripes().fingerprint()["random"]
+
+
+def test_shares_of_strong_views_make_those_of_one_process():
+    alone, one, two = (
+        next(iter(on_ranks(Stripes(batch_size=8, strong_view=True, seed=0), rank, size).train_dataloader()))
+        for rank, size in ((0, 1), (0, 2), (1, 2))
+    )
+    assert torch.equal(alone.strong, torch.cat([one.strong, two.strong]))
+
+
 def test_evaluation_by_several_processes_sees_each_sample_once():
     loaders = [on_ranks(Stripes(eval_batch_size=5), rank, 3).val_dataloader() for rank in range(3)]
     assert {len(list(loader)) for loader in loaders} == {2}  # 6 a step: 5 rounded up to a multiple of 3
@@ -615,6 +645,21 @@ def test_folder_augmentation_follows_from_seed_epoch_and_sample_only(folder):
         assert sum(torch.equal(first[i], other[i]) for i in range(16)) < 4
     clean = epoch(make_folder_module(folder, augment=False), 0)
     assert all(torch.equal(clean[i], image) for i, image in epoch(make_folder_module(folder, augment=False), 1).items())
+
+
+def test_folder_strong_view_follows_from_seed_epoch_and_sample_only(folder):
+    def first(**kwargs):
+        batch = next(iter(make_folder_module(folder, batch_size=16, strong_view=True, **kwargs).train_dataloader()))
+        return batch.images, batch.strong
+
+    images, strong = first()
+    torch.manual_seed(99)
+    for found, expected in zip(first(num_workers=1), (images, strong), strict=True):
+        assert torch.equal(found, expected)
+    assert strong.shape == images.shape
+    assert sum(torch.equal(a, b) for a, b in zip(images, strong, strict=True)) < 4
+    assert torch.equal(images, next(iter(make_folder_module(folder, batch_size=16).train_dataloader())).images)
+    assert next(iter(make_folder_module(folder, strong_view=True).val_dataloader())).strong is None
 
 
 def test_folder_loading_leaves_the_global_random_stream_alone(folder):

@@ -16,11 +16,13 @@ class ImageBatch(NamedTuple):
         images: (b, c, h, w) float32 in channels_last layout, normalized.
         labels: (b,) int64 class numbers.
         index: (b,) int64 positions in the data set part (training, validation or test) that the batch is from.
+        strong: A second, strongly augmented view of the images, where `strong_view` asks for it.
     """
 
     images: Float[Tensor, "b c h w"]
     labels: Int[Tensor, " b"]
     index: Int[Tensor, " b"]  # type: ignore[assignment]  # tuple has a method of this name; nobody searches a batch
+    strong: Float[Tensor, "b c h w"] | None = None
 
 
 class ImageDataModule(EpochDataModule):
@@ -35,6 +37,8 @@ class ImageDataModule(EpochDataModule):
         num_workers: Processes that read files.
         seed: Seed of data order and augmentation. None takes the run's seed (`seed_everything`), or 0.
         augment: Augment the training images at random.
+        strong_view: Give each training image a second time, as `ImageBatch.strong`: augmented with draws of its own and
+            then by RandAugment, for methods that train on a weak and a strong view.
         train_size: Use only so many training samples, the same share of every class. A smaller subset lies inside a
             larger one.
         split_seed: Seed of all splits and subsets. Apart from `seed`, so that runs with other seeds see the same data.
@@ -53,9 +57,11 @@ class ImageDataModule(EpochDataModule):
         num_workers: int = 0,
         seed: int | None = None,
         augment: bool = False,
+        strong_view: bool = False,
         train_size: int | None = None,
         split_seed: int = 0,
         eval_batch_size: int = 500,
     ) -> None:
         super().__init__(root, batch_size, num_workers, seed, train_size, split_seed, eval_batch_size)
         self.augment = augment
+        self.strong_view = strong_view

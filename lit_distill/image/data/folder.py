@@ -19,6 +19,7 @@ from lit_distill.core.errors import RunError, UsageError
 from lit_distill.core.loading import EpochLoader, SampleLoader, derived_seed
 from lit_distill.image.augment import IMAGENET_STATISTICS, Normalize
 from lit_distill.image.data.base import ImageBatch, ImageDataModule
+from lit_distill.image.randaugment import RandAugment, mean_color
 
 Samples = list[tuple[str, int]]  # path, label
 
@@ -121,7 +122,12 @@ class ImageFolderDataModule(ImageDataModule):
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
         return SampleLoader(
-            _Files(self.samples(part), self._transform(training), self.run_seed),
+            _Files(
+                self.samples(part),
+                self._transform(training),
+                self.run_seed,
+                RandAugment(mean_color(self.normalize)) if training and self.strong_view else None,
+            ),
             collate=_Collate(self.normalize),
             num_workers=self.num_workers,
             pin_memory=device.type == "cuda",
@@ -141,8 +147,8 @@ class ImageFolderDataModule(ImageDataModule):
             file = Path(path)
             digest.update(f"{file.relative_to(self.folder)} {file.stat().st_size} {label}\n".encode())
         transform = f"{self._transform(training=True)} {self.normalize}"
-        samples = self.part_size("train")
-        return {"data": digest.hexdigest(), "samples": samples, "transform": transform, "random": self.augment}
+        samples, random = self.part_size("train"), self.augment or self.strong_view
+        return {"data": digest.hexdigest(), "samples": samples, "transform": transform, "random": random}
 
     def _folder_of(self, part: str) -> str:
         return "val" if part == "test" and not (self.folder / "test").is_dir() else part
@@ -162,18 +168,19 @@ class ImageFolderDataModule(ImageDataModule):
         return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()])
 
 
-class _Files(Dataset[tuple[Tensor, int, int]]):
-    """Gives image (3 h w) uint8, label and index for the key (epoch, index)."""
+class _Files(Dataset[tuple[Tensor, int, int, Tensor | None]]):
+    """Gives image (3 h w) uint8, label, index and, if wanted, a strong view for the key (epoch, index)."""
 
-    def __init__(self, samples: Samples, transform: v2.Transform, seed: int) -> None:
+    def __init__(self, samples: Samples, transform: v2.Transform, seed: int, strong: RandAugment | None = None) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.strong = strong
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, Tensor | None]:
         epoch, index = key
         path, label = self.samples[index]
         try:
@@ -184,16 +191,21 @@ class _Files(Dataset[tuple[Tensor, int, int]]):
         # torchvision draws from torch's global stream: seeded here by sample, and given back as it was.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed("images", self.seed, epoch, index))
-            return self.transform(image), label, index
+            weak = self.transform(image)
+            if self.strong is None:
+                return weak, label, index, None
+            draws = self.strong.draw(1, torch.default_generator)
+            return weak, label, index, self.strong(self.transform(image)[None], draws)[0]
 
 
 @dataclass(frozen=True)
 class _Collate:
     normalize: Normalize
 
-    def __call__(self, samples: list[tuple[Tensor, int, int]]) -> ImageBatch:
-        images, labels, index = zip(*samples, strict=True)
-        return ImageBatch(self.normalize(torch.stack(images)), torch.tensor(labels), torch.tensor(index))
+    def __call__(self, samples: list[tuple[Tensor, int, int, Tensor | None]]) -> ImageBatch:
+        images, labels, index, strong = zip(*samples, strict=True)
+        second = None if strong[0] is None else self.normalize(torch.stack(strong))
+        return ImageBatch(self.normalize(torch.stack(images)), torch.tensor(labels), torch.tensor(index), second)
 
 
 def _list(folder: Path, classes: tuple[str, ...]) -> Samples:

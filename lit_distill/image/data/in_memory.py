@@ -13,6 +13,7 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import EpochLoader, TensorLoader, derived_seed, take_samples
 from lit_distill.image.augment import Augment, ImageTransform, Normalize
 from lit_distill.image.data.base import ImageBatch, ImageDataModule
+from lit_distill.image.randaugment import RandAugment, StrongAugment, mean_color
 
 
 class LabelledImages(NamedTuple):
@@ -178,10 +179,14 @@ class InMemoryImageDataModule(ImageDataModule):
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
         images, labels = self.part(part)
+        images = images.to(device)
+        tensors, transforms = {"images": images, "labels": labels}, {"images": self._transform(training)}
+        if training and self.strong_view:
+            tensors["strong"], transforms["strong"] = images, ImageTransform(self.normalize, self._strong())
         return TensorLoader(
-            {"images": images, "labels": labels},
+            tensors,
             make_batch=ImageBatch,
-            transforms={"images": self._transform(training)},
+            transforms=transforms,
             device=device,
             **sampling,
         )
@@ -202,11 +207,14 @@ class InMemoryImageDataModule(ImageDataModule):
             "data": digest.hexdigest(),
             "samples": len(labels),
             "transform": repr(transform),
-            "random": transform.random,
+            "random": transform.random or self.strong_view,
         }
 
     def _transform(self, training: bool) -> ImageTransform:
         return ImageTransform(self.normalize, self.augmentation if training and self.augment else None)
+
+    def _strong(self) -> StrongAugment:
+        return StrongAugment(RandAugment(mean_color(self.normalize)), self.augmentation if self.augment else None)
 
 
 def randomize_labels(labels: Int[Tensor, " n"], share: float, num_classes: int, seed: int) -> Int[Tensor, " n"]:

@@ -80,8 +80,9 @@ class TextFeaturesDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root=root, **kwargs)
-        if self.augment:
-            raise UsageError("data.augment: true, but texts as features are not augmented; set it to false")
+        for key in ("augment", "strong_view"):
+            if getattr(self, key):
+                raise UsageError(f"data.{key}: true, but texts as features are not augmented; set it to false")
         for key, value in {"vocabulary": vocabulary, "val_size": val_size + 1, "test_size": test_size}.items():
             if value < 1:
                 raise UsageError(f"data.{key}: {value if key != 'val_size' else val_size} is too few; raise it")

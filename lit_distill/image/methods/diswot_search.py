@@ -115,8 +115,8 @@ class DisWOTSearch(LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Proposes and scores one candidate."""
-        self._batch = self._batch or batch
-        batch = ImageBatch(*(part.to(self.device) for part in self._batch))
+        self._batch = self._batch or ImageBatch(batch.images, batch.labels, batch.index)
+        batch = ImageBatch(*(part.to(self.device) for part in self._batch if part is not None))
         if self._scores is None:
             seeds = [derived_seed("init", self._seed, number) for number in range(self.seeds)]
             self._scores = TrainingFreeScores(self._teacher[0], self.proxies, batch, seeds, self.init)
@@ -165,7 +165,9 @@ class DisWOTSearch(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds seed, batch and candidates: population, best and the next step's randomness follow from them."""
         checkpoint["seed"] = self._seed
-        checkpoint["batch"] = None if self._batch is None else tuple(part.cpu() for part in self._batch)
+        checkpoint["batch"] = (
+            None if self._batch is None else tuple(part.cpu() for part in self._batch if part is not None)
+        )
         checkpoint["history"] = [tuple(candidate) for candidate in self.history]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
