@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from lit_distill.core.callbacks import Efficiency, TeacherCheck
+from lit_distill.core.callbacks import BestWeights, Efficiency, TeacherCheck
 from lit_distill.core.checkpoint_io import AtomicCheckpointIO
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
@@ -228,6 +228,9 @@ class DistillCLI(LightningCLI):
         if config.trainer.fast_dev_run or trainer.interrupted:
             return
         metrics = {k: v for log in trainer.loggers if isinstance(log, RunLogger) for k, v in log.last("val/").items()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it late
+            if isinstance(callback, BestWeights):
+                metrics |= callback.metrics
         fit_model = self.model
         student = getattr(fit_model, fit_model.product, None) if isinstance(fit_model, Distiller) else None
         state = None if student is None else full_state(student)

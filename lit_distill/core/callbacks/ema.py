@@ -40,7 +40,7 @@ class EMA(EMAWeightAveraging):
         if pl_module.device_mesh is not None:
             raise UsageError("callback EMA averages whole networks; leave it out under --trainer.strategy fsdp2")
         pl_module.configure_model()
-        self._average_model = AveragedModel(_product(pl_module), use_buffers=self._use_buffers, **self._kwargs)
+        self._average_model = AveragedModel(product_of(pl_module), use_buffers=self._use_buffers, **self._kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the average to the device of training."""
@@ -59,27 +59,27 @@ class EMA(EMAWeightAveraging):
         if isinstance(pl_module, Distiller) and not pl_module.automatic_optimization:
             step = pl_module.iteration
         if self.should_update(step_idx=step):
-            self._average_model.update_parameters(_product(pl_module))
+            self._average_model.update_parameters(product_of(pl_module))
             self._latest_update_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Updates the average where it counts in epochs."""
-        super().on_train_epoch_end(trainer, _product(pl_module))
+        super().on_train_epoch_end(trainer, product_of(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves it to `on_fit_end`: a run resumed behind its last batch has no end of training any more."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the averaged student in the module."""
-        super().on_train_end(trainer, _product(pl_module))
+        super().on_train_end(trainer, product_of(pl_module))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swaps the averaged student in."""
-        super().on_validation_epoch_start(trainer, _product(pl_module))
+        super().on_validation_epoch_start(trainer, product_of(pl_module))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swaps the raw student back."""
-        super().on_validation_epoch_end(trainer, _product(pl_module))
+        super().on_validation_epoch_end(trainer, product_of(pl_module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the average beside the raw student."""
@@ -96,12 +96,17 @@ class EMA(EMAWeightAveraging):
         else:
             prefix = "module."
             average = {k.removeprefix(prefix): v for k, v in checkpoint["ema"].items() if k.startswith(prefix)}
-            _product(pl_module).load_state_dict(average)
+            product_of(pl_module).load_state_dict(average)
 
 
-def _product(module: LightningModule) -> Any:
+def product_of(module: LightningModule) -> Any:
+    """Returns the network that a method is there to make, which callbacks average or keep.
+
+    Raises:
+        UsageError: It has none.
+    """
     name = module.product if isinstance(module, Distiller) else "student"
     network = getattr(module, name, None)
     if not isinstance(network, torch.nn.Module):
-        raise UsageError(f"callback EMA: {type(module).__name__} has no network '{name}' to average")
+        raise UsageError(f"callbacks: {type(module).__name__} has no network '{name}' to average or keep")
     return network
