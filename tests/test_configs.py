@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from torch_geometric.nn.models import GIN
+from torch_geometric.nn.models import GIN, GraphSAGE
 
 from lit_distill.cli import main
 from lit_distill.experiment.export import save_student
@@ -16,6 +16,7 @@ from lit_distill.graph import GraphNetwork
 from lit_distill.image.models import LeNet, ResNetCIFAR
 
 ROOT = Path(__file__).parents[1]
+NODES = {"glnn", "glnn_small", "nodes_small"}  # nodes of one graph are the samples
 METHODS = sorted(path for domain in ("image", "graph") for path in (ROOT / "configs" / domain).glob("*.yaml"))
 RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 SMALL = [path for path in METHODS if path.stem.endswith("_small")]
@@ -50,6 +51,9 @@ def teachers(tmp_path_factory):
         {"class_path": "lit_distill.graph.GraphNetwork", "init_args": spec},
         folder / "graph/student",
     )
+    sage = {"in_channels": 64, "hidden_channels": 8, "num_layers": 2, "out_channels": 10}
+    spec = {"class_path": "torch_geometric.nn.models.GraphSAGE", "init_args": sage}
+    save_student(GraphSAGE(**sage).state_dict(), spec, folder / "nodes/student")
     return folder
 
 
@@ -59,6 +63,7 @@ def words(path, teachers, root):
     config = yaml.safe_load(path.read_text())
     chosen = ["fit", *CPU, "-c", str(path), f"--run.root={root}", "--run.name=x", "--trainer.enable_progress_bar=false"]
     kind = "graph" if path.parent.name == "graph" else "small" if path.stem.endswith("_small") else "large"
+    kind = "nodes" if path.stem in NODES else kind
     weights = str(teachers / kind)
     model = config["model"]["init_args"]
     if "weights" in model.get("teacher", {}).get("init_args", {}):
@@ -94,7 +99,9 @@ def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_pa
         assert weights > 4 * summary["metrics"]["val/params"]
         return
     assert {"test/acc", "test/ece", "test/nll", "val/acc"} <= set(summary["metrics"])
-    if path.parent.name == "graph":
+    if path.stem in NODES:
+        assert {"test/auroc", "test/acc_transductive", "test/acc_inductive"} <= set(summary["metrics"])
+    elif path.parent.name == "graph":
         assert {"test/auroc", "test/bytes"} <= set(summary["metrics"])
     assert weights > 4 * summary["networks"]["student"]["params"]
     assert "train/loss" in (folder / "metrics.csv").read_text().splitlines()[0]

@@ -107,6 +107,39 @@ data:
   class_path: lit_distill.image.ImageFolderDataModule
   init_args: {root: images, batch_size: 2, num_workers: 0, image_size: 8}
 """
+# Twenty graphs of three nodes: paths, and triangles. No network is trained on them here.
+GRAPHS = """\
+model:
+  class_path: lit_distill.graph.GraphClassifier
+  init_args:
+    student: &network
+      class_path: lit_distill.graph.GraphNetwork
+      init_args:
+        gnn:
+          class_path: torch_geometric.nn.models.GIN
+          init_args: {in_channels: 4, hidden_channels: 4, num_layers: 1}
+        node_values: [3]
+        num_classes: 2
+data:
+  class_path: lit_distill.graph.TUDataModule
+  init_args: {root: tu, name: TINY, batch_size: 4}
+"""
+GRAPH_KD = GRAPHS.replace("GraphClassifier", "KD").replace("data:\n", "    teacher: *network\ndata:\n")
+GRAPH_LSP = GRAPH_KD.replace("graph.KD", "graph.LSP")
+SOURCE = """\
+    source:
+      class_path: lit_distill.graph.TUDataModule
+      init_args: {root: tu, name: TINY}
+"""
+FROM_GRAPHS = {
+    name: GRAPHS.partition("data:")[0] + f"data:\n  class_path: lit_distill.graph.{name}\n  init_args:\n{SOURCE}{rest}"
+    for name, rest in {
+        "Mirage": "    depth: 1\n    threshold: [0.5, 0.5]\n",
+        "RandomSubset": "    per_class: 2\n",
+        "KCenter": "    per_class: 2\n    network: *network\n",
+        "DistilledGraphs": "    folder: distilled\n",
+    }.items()
+}
 RECIPE = """\
 experiment: chain
 configs: [job.yaml]
@@ -121,6 +154,22 @@ WEIGHTS = Path("runs/demo/teacher/student/model.safetensors")
 LAST = Path("checkpoints/last.ckpt")
 
 
+def _write_graphs():
+    for name, text in {"graphs": GRAPHS, "graph_kd": GRAPH_KD, "graph_lsp": GRAPH_LSP, **FROM_GRAPHS}.items():
+        Path(f"{name.lower()}.yaml").write_text(f"{JOB.partition('model:')[0]}{text}")
+    count = 20
+    edges = [(3 * g + a, 3 * g + b) for g in range(count) for a, b in ((1, 2), (2, 3), (3, 1))[: 2 + g % 2]]
+    lines = {
+        "A": [f"{a}, {b}" for pair in edges for a, b in (pair, pair[::-1])],
+        "graph_indicator": [g + 1 for g in range(count) for _ in range(3)],
+        "graph_labels": [g % 2 for g in range(count)],
+        "node_labels": [label for _ in range(count) for label in range(3)],
+    }
+    Path("tu/TINY").mkdir(parents=True)
+    for part, values in lines.items():
+        Path(f"tu/TINY/TINY_{part}.txt").write_text("".join(f"{value}\n" for value in values))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder in which a teacher was trained."""
@@ -133,6 +182,7 @@ def finished(tmp_path_factory):
         for name in METHODS:
             Path(f"{name.lower()}.yaml").write_text(KD.replace("image.KD", f"image.{name}"))
         Path("teachers.yaml").write_text(TEACHERS)
+        _write_graphs()
         assert main(shlex.split("fit -c job.yaml --run.experiment demo --run.name teacher")) == 0
     finally:
         os.chdir(before)
@@ -211,6 +261,12 @@ def _labels_out_of_range(monkeypatch):
     part = {"webp": webp, "offsets": np.array([0, len(webp)]), "labels": np.array([3, 10])}
     arrays = {f"{split}_{key}": value for split in ("train", "test") for key, value in part.items()}
     np.savez("cifar10.npz", classes=np.array([str(number) for number in range(10)]), **arrays)
+
+
+def _no_shape(monkeypatch):
+    """The run was one on samples without one shape, such as graphs."""
+    path = Path("runs/demo/teacher/summary.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_shape": None}))
 
 
 def _stale_cache(monkeypatch):
@@ -401,6 +457,70 @@ MISTAKES = [
         ("labels", "3 to 10", "0 to 9"),
         _labels_out_of_range,
     ),
+    # Graphs.
+    Mistake("graphs-unknown", "fit -c graphs.yaml --data.name TINI", 2, ("data.root: tu", "TINI.zip", "data.download")),
+    Mistake("graphs-missing", "fit -c graphs.yaml --data.root nowhere", 2, ("data.root: nowhere", "data.download")),
+    Mistake("graph-classes", "fit -c graphs.yaml --model.student.num_classes 3", 2, ("student has 3", "the data 2")),
+    Mistake(
+        "graph-labels",
+        "fit -c graphs.yaml --model.student.node_values [2]",
+        2,
+        ("model.student.node_values is [2]", "have [3]", "set it"),
+    ),
+    Mistake(
+        "no-graph-network",
+        "fit -c graphs.yaml --model.student torch_geometric.nn.models.GIN --model.student.in_channels 4 "
+        "--model.student.hidden_channels 4 --model.student.num_layers 1",
+        2,
+        ("model.student is GIN", "`gnn`", "GraphNetwork"),
+    ),
+    Mistake("graph-temperature", "fit -c graph_kd.yaml --model.temperature 0.0", 2, ("temperature is 0", "above 0")),
+    Mistake("graph-teacher-missing", "fit -c graph_kd.yaml --model.teacher null", 2, ("model.init_args.teacher", "KD")),
+    Mistake("kernel-width", "fit -c graph_lsp.yaml --model.sigma 0.0", 2, ("model.sigma is 0.0", "above 0")),
+    Mistake(
+        "thresholds", "fit -c mirage.yaml --data.threshold [0.5,0.5,0.5]", 2, ("threshold has 3 values", "2 classes")
+    ),
+    Mistake(
+        "threshold-too-high",
+        "fit -c mirage.yaml --data.threshold [2,9]",
+        2,
+        ("9 or more of the 8 graphs of class '1'", "is in 8", "lower the threshold"),
+    ),
+    Mistake(
+        "too-many-itemsets",
+        "fit -c mirage.yaml --data.max_itemsets 3",
+        2,
+        ("more than 3 itemsets", "support of 4", "raise max_itemsets"),
+    ),
+    Mistake("depth", "fit -c mirage.yaml --data.depth -1", 2, ("data.depth is -1", "0 or more")),
+    Mistake("distilled-missing", "fit -c distilledgraphs.yaml", 2, ("distilled holds no distilled.json", "RUN/")),
+    Mistake(
+        "distilled-version",
+        "fit -c distilledgraphs.yaml",
+        2,
+        ("distilled", "version 99", "version 1", "distil again"),
+        _write("distilled/distilled.json", '{"kind": "trees", "version": 99}'),
+    ),
+    Mistake(
+        "distilled-corrupt",
+        "fit -c distilledgraphs.yaml",
+        1,
+        ("distilled/distilled.json", "cannot be read", "distil again"),
+        _write("distilled/distilled.json", '{"kind": "trees"'),
+    ),
+    Mistake(
+        "budget",
+        "fit -c randomsubset.yaml --data.per_class null --data.bytes 0",
+        2,
+        ("data.bytes is 0", "1 or more"),
+    ),
+    Mistake("per-class", "fit -c randomsubset.yaml --data.per_class 9", 2, ("data.per_class is 9", "has 8", "lower")),
+    Mistake(
+        "network-of-other-labels",
+        "fit -c kcenter.yaml --data.network.node_values [2]",
+        2,
+        ("data.network.node_values is [2]", "have [3]"),
+    ),
     # Values that make no sense.
     Mistake("diverged", f"{FIT} --model.optimizer.lr 1e30", 1, ("train/ce is nan", "learning rate", "gradient_clip")),
     Mistake("temperature", "fit -c kd.yaml --model.temperature 0", 2, ("temperature is 0", "above 0")),
@@ -507,6 +627,13 @@ MISTAKES = [
     Mistake("export-unfinished", "export runs/demo/teacher --to new", 2, ("runs/demo/teacher", "finish"), _unfinished),
     Mistake("export-into-files", "export runs/demo/teacher --to runs", 2, ("--to: runs", "not empty", "new folder")),
     Mistake("export-format", "export runs/demo/teacher --to new --format tflite", 2, ("'tflite'", "safetensors")),
+    Mistake(
+        "export-without-shape",
+        "export runs/demo/teacher --to new --format onnx",
+        2,
+        ("--format onnx", "runs/demo/teacher", "no one shape", "safetensors"),
+        _no_shape,
+    ),
     Mistake("methods-option", "methods --jsn", 2, ("--jsn", "--help")),
     Mistake("export-below-a-file", "export runs/demo/teacher --to job.yaml/new", 1, ("job.yaml/new", "choose another")),
     Mistake("compare-below-a-file", "compare runs --html job.yaml/a.html", 1, ("job.yaml/a.html", "choose another")),

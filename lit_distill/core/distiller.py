@@ -120,8 +120,11 @@ class Distiller(LightningModule):
         """
         return None
 
-    def example_inputs(self) -> tuple[Tensor, ...] | None:
-        """Returns the arguments of the product network for one sample, for counting and export; None if unknown."""
+    def example_inputs(self) -> tuple[Any, ...] | None:
+        """Returns the arguments of the product network for one sample, for counting and export; None if unknown.
+
+        Or for a batch, where samples have no one size; counts are then means over it.
+        """
         return None
 
     def trainable(self) -> list[nn.Parameter]:

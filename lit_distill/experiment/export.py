@@ -65,6 +65,14 @@ def _student_folder(run: Path) -> Path:
 
 
 def _export_onnx(source: Path, run: Path, target: Path) -> None:
+    summary_path = run / "summary.json"
+    if not summary_path.is_file():
+        raise UsageError(f"export: {run} holds no {summary_path.name}; finish the run first")
+    shape = json.loads(summary_path.read_text(encoding="utf-8")).get("sample_shape")
+    if shape is None:
+        raise UsageError(
+            f"--format onnx: the samples of {run} have no one shape, as those of graph data; export it as safetensors"
+        )
     try:
         import onnx  # noqa: F401 (torch's exporter needs it)
         import onnxscript  # noqa: F401
@@ -74,10 +82,6 @@ def _export_onnx(source: Path, run: Path, target: Path) -> None:
 
     from lit_distill.core.networks import pretrained
 
-    summary_path = run / "summary.json"
-    shape = json.loads(summary_path.read_text(encoding="utf-8")).get("sample_shape") if summary_path.is_file() else None
-    if shape is None:
-        raise UsageError(f"export: {run} does not record a sample shape; finish the run first")
     network = pretrained(str(source)).eval()
     batch = torch.export.Dim("batch")
     with atomic_path(target / "model.onnx") as path:

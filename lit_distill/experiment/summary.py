@@ -62,7 +62,7 @@ def write_summary(
             "seed": config["seed_everything"],
             "metrics": dict(metrics),
             "efficiency": dict(efficiency),
-            "panels": getattr(model, "panels", {}),
+            "panels": {**getattr(datamodule, "panels", {}), **getattr(model, "panels", {})},
             "config_hash": config_hash,
             "versions": {"lit_distill": __version__, "python": platform.python_version(), **_versions()},
             "machine": _machine(),

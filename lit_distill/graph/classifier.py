@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -12,6 +13,8 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.metrics import classification_metrics, reliability
 from lit_distill.graph.graphs import GraphBatch
 from lit_distill.graph.models import GraphNetwork
+
+EXAMPLES = 128  # graphs whose mean cost is that of the network
 
 
 class GraphClassifier(Distiller):
@@ -38,6 +41,13 @@ class GraphClassifier(Distiller):
         self.num_classes = data.num_classes
         self.val_metrics = graph_metrics(self.num_classes, prefix="val/")
         self.test_metrics = graph_metrics(self.num_classes, prefix="test/")
+
+    def example_inputs(self) -> tuple[Any, ...]:
+        """A batch of real graphs, since graphs have no size of their own: the first of the test part."""
+        data = self._data()
+        graphs = data.part("test" if data.has_part("test") else "train")
+        index = torch.arange(min(EXAMPLES, graphs.size))
+        return (graphs.take(index).to(self.device).batch(index.to(self.device)),)
 
     def training_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lit_distill.core.loading import EpochLoader, EpochPermutation
@@ -16,21 +16,24 @@ class GraphBatch(NamedTuple):
 
     Attributes:
         labels: Class of each graph, (b,).
-        nodes: Node features, (n, c) whole numbers, one column for each kind of feature.
+        nodes: Node features, (n, c) whole numbers, one column for each kind of feature; or soft ones, (n, v), a column
+            for each value of each kind.
         edge_index: Source and target of each edge, (2, e).
         edges: Edge features, (e, d).
         graph: The graph of each node, (n,).
         roots: Which nodes the readout sees, (n,): all of a real graph, the roots of a computation tree.
         index: Positions of the graphs in their set, (b,).
+        edge_weight: How much of each edge there is, (e,); None where all are whole.
     """
 
     labels: Int[Tensor, " b"]
-    nodes: Int[Tensor, "n c"]
+    nodes: Int[Tensor, "n c"] | Float[Tensor, "n v"]
     edge_index: Int[Tensor, "2 e"]
     edges: Int[Tensor, "e d"]
     graph: Int[Tensor, " n"]
     roots: Bool[Tensor, " n"]
     index: Int[Tensor, " b"]  # type: ignore[assignment]  # tuple has a method of this name; nobody searches a batch
+    edge_weight: Float[Tensor, " e"] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,23 @@ class GraphSet:
 
     Attributes:
         labels: Class of each graph, (g,).
-        nodes: Node features, (n, c) whole numbers from 0.
+        nodes: Node features, (n, c) whole numbers from 0, or soft ones, see `GraphBatch`.
         edge_index: (2, e). An undirected edge stands there in both directions.
         edges: Edge features, (e, d); d may be 0.
         node_start: Where the nodes of each graph begin, (g + 1,).
         edge_start: Where its edges begin, (g + 1,).
         roots: Which nodes the readout sees, (n,).
+        edge_weight: How much of each edge there is, (e,); None where all are whole.
     """
 
     labels: Int[Tensor, " g"]
-    nodes: Int[Tensor, "n c"]
+    nodes: Int[Tensor, "n c"] | Float[Tensor, "n v"]
     edge_index: Int[Tensor, "2 e"]
     edges: Int[Tensor, "e d"]
     node_start: Int[Tensor, " g1"]
     edge_start: Int[Tensor, " g1"]
     roots: Bool[Tensor, " n"]
+    edge_weight: Float[Tensor, " e"] | None = None
 
     @property
     def size(self) -> int:
@@ -79,28 +84,42 @@ class GraphSet:
             node_start=node_start,
             edge_start=edge_start,
             roots=self.roots[nodes],
+            edge_weight=None if self.edge_weight is None else self.edge_weight[edges],
         )
 
     def batch(self, index: Int[Tensor, " b"]) -> GraphBatch:
         """Returns some of the graphs as a batch."""
         taken = self.take(index)
-        return GraphBatch(taken.labels, taken.nodes, taken.edge_index, taken.edges, taken.graph(), taken.roots, index)
+        return GraphBatch(
+            labels=taken.labels,
+            nodes=taken.nodes,
+            edge_index=taken.edge_index,
+            edges=taken.edges,
+            graph=taken.graph(),
+            roots=taken.roots,
+            index=index,
+            edge_weight=taken.edge_weight,
+        )
 
     def to(self, device: torch.device) -> "GraphSet":
         """Returns the same on a device."""
-        return GraphSet(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return GraphSet(**moved)
 
     def stored_bytes(self) -> int:
-        """Counts the bytes that rebuild the set: 4 a node feature and edge feature, 8 an edge.
+        """Counts the bytes that rebuild the set: 4 a node feature, edge feature and edge weight, 8 an edge.
 
-        The measure of the card: labels and the starts of graphs are not in it, for any method.
+        Labels and the starts of graphs are not in it, for any method.
         """
-        nodes, edges = self.nodes.numel(), self.edge_index.shape[1]
-        return 4 * nodes + 8 * edges + 4 * self.edges.numel()
+        weights = 0 if self.edge_weight is None else len(self.edge_weight)
+        return 4 * self.nodes.numel() + 8 * self.edge_index.shape[1] + 4 * self.edges.numel() + 4 * weights
 
 
 def join(sets: list[GraphSet]) -> GraphSet:
     """Puts sets of graphs one behind the other."""
+    weighted = any(part.edge_weight is not None for part in sets)
     nodes = torch.tensor([0, *(len(part.nodes) for part in sets)]).cumsum(0)
     edges = torch.tensor([0, *(part.edge_index.shape[1] for part in sets)]).cumsum(0)
     return GraphSet(
@@ -111,7 +130,12 @@ def join(sets: list[GraphSet]) -> GraphSet:
         node_start=torch.cat([*(s.node_start[:-1] + first for s, first in zip(sets, nodes, strict=False)), nodes[-1:]]),
         edge_start=torch.cat([*(s.edge_start[:-1] + first for s, first in zip(sets, edges, strict=False)), edges[-1:]]),
         roots=torch.cat([part.roots for part in sets]),
+        edge_weight=torch.cat([_weights(part) for part in sets]) if weighted else None,
     )
+
+
+def _weights(graphs: GraphSet) -> Float[Tensor, " e"]:
+    return torch.ones(graphs.edge_index.shape[1]) if graphs.edge_weight is None else graphs.edge_weight
 
 
 class GraphLoader(EpochLoader):

@@ -20,6 +20,9 @@ class GraphNetwork(nn.Module):
     embedding is that of the node from which the tree was taken, if the messages depend on nothing but the tree (sums
     and attention do, the normalization by degree of a GCN does not, nor does batch normalization in training).
 
+    A batch may have weights on its edges, for networks that read them, and soft node labels: a row is then a mixture of
+    values, and its embedding the mixture of theirs.
+
     Args:
         gnn: Computes node embeddings (n, out) from node features (n, in) and an edge index, such as any of
             `torch_geometric.nn.models` (GIN, GCN, GAT, GraphSAGE).
@@ -48,10 +51,10 @@ class GraphNetwork(nn.Module):
         width_out = out_channels or getattr(gnn, "out_channels", None)
         if not isinstance(width_in, int) or not isinstance(width_out, int):
             raise UsageError(f"{type(gnn).__name__} does not name its widths; give in_channels and out_channels")
-        # torch-geometric's networks all have the argument, and say of themselves whether they read it.
-        if edge_values and not getattr(gnn, "supports_edge_attr", "edge_attr" in signature(gnn.forward).parameters):
+        if edge_values and not _reads(gnn, "edge_attr"):
             raise UsageError(f"{type(gnn).__name__} takes no edge_attr; leave edge_values out, or take another network")
         self.gnn = gnn
+        self.reads_edge_weight = _reads(gnn, "edge_weight")
         self.node_values, self.edge_values = tuple(node_values), tuple(edge_values)
         self.num_classes = num_classes
         self.readout = readout
@@ -77,10 +80,22 @@ class GraphNetwork(nn.Module):
 
     def embed_nodes(self, batch: GraphBatch) -> Float[Tensor, "n d"]:
         """Computes the embeddings of all nodes."""
-        features = _added(self.node_embeddings, batch.nodes)
-        if not self.edge_values:
-            return self.gnn(features, batch.edge_index)
-        return self.gnn(features, batch.edge_index, edge_attr=_added(self.edge_embeddings, batch.edges))
+        of_edges: dict[str, Tensor] = {}
+        if self.edge_values:
+            of_edges["edge_attr"] = _added(self.edge_embeddings, batch.edges)
+        if batch.edge_weight is not None:
+            self.check_edge_weight()
+            of_edges["edge_weight"] = batch.edge_weight
+        return self.gnn(_added(self.node_embeddings, batch.nodes), batch.edge_index, **of_edges)
+
+    def check_edge_weight(self) -> None:
+        """Checks that the network reads weights of edges.
+
+        Raises:
+            UsageError: It does not.
+        """
+        if not self.reads_edge_weight:
+            raise UsageError(f"{type(self.gnn).__name__} takes no edge_weight; take another network, such as GCN")
 
 
 class DeepSets(nn.Module):
@@ -107,5 +122,12 @@ class DeepSets(nn.Module):
 
 
 def _added(embeddings: nn.ModuleList, features: Tensor) -> Tensor:
+    if features.is_floating_point():
+        return features @ torch.cat([embedding.weight for embedding in embeddings])  # type: ignore[misc]  # a module's attribute
     columns = [embedding(features[:, number]) for number, embedding in enumerate(embeddings)]
     return sum(columns[1:], start=columns[0])
+
+
+def _reads(gnn: nn.Module, argument: str) -> bool:
+    # torch-geometric's networks all have the arguments, and say of themselves which they read.
+    return getattr(gnn, f"supports_{argument}", argument in signature(gnn.forward).parameters)

@@ -1,5 +1,6 @@
 """The page: what it shows, that nothing from a configuration runs in it, and that it works in a real browser."""
 
+import base64
 import html
 import json
 import math
@@ -12,7 +13,9 @@ import pytest
 from lit_distill.experiment.compare import compare_runs
 from lit_distill.experiment.dashboard import (
     CURVE_POINTS,
+    LARGEST_PICTURE,
     MOST_DRAWN,
+    MOST_LABELLED,
     Look,
     drawn_groups,
     mean_curve,
@@ -92,7 +95,8 @@ def test_the_figures_draw_the_values_of_the_runs(quick, page):
     teacher = specs["curves"]["val/acc"]["data"][0]
     assert teacher["x"] == [25, 50, 75, 100]
     assert teacher["y"] == pytest.approx([58.0, 78.0, 84.6667, 88.0])
-    assert [trace["x"] for trace in specs["size"][""]["data"]] == [[100_000], [1000], [1000], [1000]]
+    sizes = [trace["customdata"] for trace in specs["size"][""]["data"] if trace["mode"] == "markers"]
+    assert sizes == [["100,000 parameters"], *[["1,000 parameters"]] * 3]
 
 
 def test_distilled_data_are_drawn_against_their_bytes(write_run, page):
@@ -100,8 +104,49 @@ def test_distilled_data_are_drawn_against_their_bytes(write_run, page):
         write_run("full", seed, {"test/acc": 0.9, "test/bytes": 5000.0})
         write_run("mirage", seed, {"test/acc": 0.8, "test/bytes": 40.0})
     specs = specs_of(page(baseline="full").read_text())
-    assert sorted(trace["x"][0] for trace in specs["size"][""]["data"]) == [40.0, 5000.0]
-    assert specs["size"][""]["layout"]["xaxis"]["title"]["text"] == "bytes of the training set"
+    data, axis = specs["size"][""]["data"], specs["size"][""]["layout"]["xaxis"]
+    assert sorted(trace["x"][0] for trace in data if trace["mode"] == "markers") == pytest.approx([40, 5000])
+    assert axis["title"]["text"] == "bytes of the training set"
+    assert axis["ticktext"] == ["30 B", "100 B", "300 B", "1 kB", "3 kB"]
+    assert axis["tickvals"] == [30, 100, 300, 1000, 3000]
+
+
+def size_data(page, **options):
+    data = specs_of(page(**options).read_text())["size"][""]["data"]
+    return ([trace for trace in data if trace["mode"] == mode] for mode in ("markers", "text"))
+
+
+def test_sizes_that_differ_between_seeds_have_error_bars(write_run, page):
+    for seed, size in enumerate((30.0, 50.0)):
+        write_run("random", seed, {"test/acc": 0.8 + 0.1 * seed, "test/bytes": size})
+    (mark,), _ = size_data(page)
+    # Two values that differ by d have the standard error d / 2.
+    assert mark["error_x"]["array"] == pytest.approx([20.0])
+    assert mark["error_y"]["array"] == pytest.approx([10.0])
+
+
+def test_marks_of_one_size_stand_side_by_side_and_labels_off_each_other(write_run, page):
+    for name, accuracy in (("a", 0.800), ("b", 0.801), ("c", 0.9)):
+        write_run(name, 0, {"test/acc": accuracy, "test/bytes": 5000.0})
+    write_run("full", 0, {"test/acc": 0.95, "test/bytes": 500_000.0})
+    marks, labels = size_data(page)
+    places = {mark["meta"]: mark["x"][0] for mark in marks}
+    assert places["a"] < places["b"] < places["c"]
+    assert places["b"] == pytest.approx(5000)
+    assert places["full"] == pytest.approx(500_000)
+    assert {mark["customdata"][0] for mark in marks} == {"5,000 bytes", "500,000 bytes"}
+    heights = {label["meta"]: label["y"][0] for label in labels}
+    assert (heights["a"], heights["c"], heights["full"]) == pytest.approx((80, 90, 95))
+    assert heights["b"] > 80.5  # moved up: a line of text is about 0.8 here
+    sides = {label["meta"]: label["textposition"] for label in labels}
+    assert sides == {"a": "middle right", "b": "middle right", "c": "middle right", "full": "middle left"}
+
+
+def test_many_points_are_told_by_the_legend_alone(write_run, page):
+    for number in range(MOST_LABELLED + 1):
+        write_run(f"m{number}", 0, {"test/acc": 0.5 + 0.01 * number, "test/bytes": 10.0 + 100 * number})
+    marks, labels = size_data(page)
+    assert (len(list(marks)), list(labels)) == (MOST_LABELLED + 1, [])
 
 
 HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "%{x}<b>")
@@ -268,6 +313,49 @@ def test_a_malformed_robustness_panel_is_a_note(write_run, tmp_path, panel):
     assert "panel 'robustness' is left out, its data are malformed" in notes[0]
 
 
+PICTURE = {
+    "file": "trees.svg",
+    "title": "2 trees",
+    "summary": "a: C(O)",
+    "head": ["class", "tree"],
+    "rows": [["a", "C"]],
+}
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="96" height="40"><script>alert(1)</script></svg>'
+
+
+def test_a_picture_of_the_first_run_is_shown_as_an_image(write_run, page):
+    for seed in (0, 1):
+        folder = write_run("kd", seed, panels={"picture": PICTURE})
+    (folder.parent / "kd-s0" / "trees.svg").write_text(SVG)
+    text = page().read_text()
+    assert f'<img src="data:image/svg+xml;base64,{base64.b64encode(SVG.encode()).decode()}"' in text
+    assert 'alt="kd: 2 trees. a: C(O)"' in text
+    assert "As in the run kd-s0" in visible(text)
+    assert not any(name.startswith("panel") for name in specs_of(text))  # nothing for Plotly to draw
+
+
+@pytest.mark.parametrize(
+    ("panel", "content"),
+    [
+        (PICTURE, None),
+        (PICTURE | {"file": "../trees.svg"}, SVG),
+        (PICTURE | {"file": "/trees.svg"}, SVG),
+        (PICTURE | {"file": "config.yaml"}, SVG),
+        (PICTURE | {"rows": 1}, SVG),
+        (PICTURE, " " * (LARGEST_PICTURE + 1)),
+        ("text", SVG),
+    ],
+)
+def test_a_picture_that_cannot_be_shown_is_a_note(write_run, tmp_path, panel, content):
+    folder = write_run(panels={"picture": panel})
+    if content is not None:
+        for place in (folder, folder.parent):
+            (place / "trees.svg").write_text(content)
+    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    assert figures == []
+    assert "panel 'picture' is left out" in notes[0]
+
+
 def test_each_kind_of_panel_has_its_own_section(write_run, page):
     for seed in (0, 1):
         write_run("kd", seed, panels={"reliability": RELIABILITY, "robustness": ROBUSTNESS})
@@ -368,6 +456,16 @@ def test_details_open_and_close_by_keyboard(opened, size):
     assert "seed_everything: 0" in text.text
     summary.send_keys(Keys.SPACE)
     assert not text.is_displayed()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
+def test_a_picture_is_drawn_fits_and_runs_nothing(opened, write_run, size):
+    folder = write_run("kd", 9, panels={"picture": PICTURE})
+    (folder / "trees.svg").write_text(SVG)
+    browser = opened(*size)  # an alert would make the next command fail
+    assert browser.execute_script("return document.querySelector('.picture img').naturalWidth") == 96
+    root = "document.documentElement"
+    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
 
 
 def test_the_first_tab_reaches_the_skip_link(opened):

@@ -1,8 +1,10 @@
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import KBinsDiscretizer
 
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.graph.data import GraphDataModule, GraphSource, SolubilityDataModule, TUDataModule
@@ -14,9 +16,9 @@ SHARED = Path(__file__).parents[3] / "shared/data/tu"
 class Given(GraphDataModule):
     """A module over graphs that a test has made."""
 
-    def __init__(self, graphs, classes=("a", "b"), split=None, **kwargs):
+    def __init__(self, graphs, classes=("a", "b"), split=None, attributes=None, **kwargs):
         super().__init__(**kwargs)
-        self.source = GraphSource(classes, graphs, split)
+        self.source = GraphSource(classes, graphs, split, attributes)
 
     def read(self):
         return self.source
@@ -98,8 +100,81 @@ def test_attributes_alone_are_refused_and_beside_labels_left_out(tmp_path):
     write_tu(tmp_path / "TOY", attributes=True)
     assert TUDataModule(tmp_path, "TOY", **SPLIT).part("train").nodes.shape[1] == 1
     write_tu(tmp_path / "BARE", name="BARE", node_labels=False, attributes=True)
-    with pytest.raises(UsageError, match=r"continuous attributes and no labels.*BARE_node_labels\.txt"):
+    with pytest.raises(UsageError, match=r"continuous attributes and no labels.*set data\.bins, such as to 5"):
         TUDataModule(tmp_path, "BARE").setup()
+
+
+@pytest.mark.parametrize("node_labels", [True, False])
+def test_attributes_become_bins_behind_the_labels(tmp_path, node_labels):
+    write_tu(tmp_path / "TOY", node_labels=node_labels, attributes=True)
+    data = TUDataModule(tmp_path, "TOY", bins=3, **SPLIT)
+    data.setup()
+    plain = TUDataModule(tmp_path, "TOY", **SPLIT) if node_labels else None
+    parts = {part: data.part(part).nodes for part in ("train", "val", "test")}
+    assert data.node_values == ((3, 3) if node_labels else (3,))
+    if plain is not None:
+        assert all(torch.equal(plain.part(part).nodes[:, 0], nodes[:, 0]) for part, nodes in parts.items())
+    assert parts["train"][:, -1].bincount().tolist() == [7, 7, 7]  # 21 nodes, all of them different
+
+
+def flat_set(make_set, parts):
+    """Graphs without edges, one for each list of attribute rows; the last one is for testing."""
+    graphs = make_set([([[]] * len(rows), [], None) for rows in parts], [n % 2 for n in range(len(parts))], columns=0)
+    split = {"train": torch.arange(len(parts) - 1), "test": torch.tensor([len(parts) - 1])}
+    return graphs, split, torch.tensor([row for rows in parts for row in rows])
+
+
+def test_bins_lie_between_quantiles_of_training_nodes(make_set):
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(41, 2)), 3 * rng.normal(size=(30, 2))
+    graphs, split, attributes = flat_set(make_set, [train[:20].tolist(), train[20:].tolist(), test.tolist()])
+    data = Given(graphs, split=split, attributes=attributes.double(), bins=4)
+    # By the definition: how many of the quartiles, which are values of training nodes, are less.
+    quartiles = np.sort(train, axis=0)[[10, 20, 30]]
+    for part, values in (("train", train), ("test", test)):
+        wanted = [[sum(edge < value for edge in quartiles[:, c]) for c, value in enumerate(row)] for row in values]
+        assert data.part(part).nodes.tolist() == wanted
+    # scikit-learn's bins hold their lower edge, these hold the upper one: the same of the values' negatives.
+    binner = KBinsDiscretizer(4, encode="ordinal", strategy="quantile", quantile_method="linear").fit(-train)
+    assert (3 - binner.transform(-test)).astype(int).tolist() == data.part("test").nodes.tolist()
+    assert data.node_values == (4, 4)
+
+
+def test_bins_know_nothing_of_other_parts_and_hold_whatever_comes(make_set):
+    train = [[[0.0], [1.0], [2.0]], [[3.0], [4.0], [5.0]]]
+    found = []
+    for test in ([[2.5]], [[-1e9], [1e9]]):
+        graphs, split, attributes = flat_set(make_set, [*train, test])
+        data = Given(graphs, split=split, attributes=attributes, bins=3)
+        found.append(data)
+    assert (
+        found[0].part("train").nodes[:, 0].tolist() == found[1].part("train").nodes[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    )
+    assert found[0].node_values == found[1].node_values == (3,)
+    assert found[0].part("test").nodes.tolist() == [[1]]
+    assert found[1].part("test").nodes.tolist() == [[0], [2]]
+
+
+def test_every_bin_has_a_training_node_where_values_repeat(make_set):
+    rows = [[0.0, 7.0, 9.0]] * 8 + [[3.0, 7.0, 1.0], [4.0, 7.0, 2.0]]
+    graphs, split, attributes = flat_set(make_set, [rows[:5], rows[5:], [[5.0, 8.0, 1.5]]])
+    data = Given(graphs, split=split, attributes=attributes, bins=5)
+    nodes = data.part("train").nodes
+    assert nodes[:, 0].tolist() == [0] * 8 + [1, 1]  # many zeros are apart from what is more
+    assert nodes[:, 1].tolist() == [0] * 10
+    assert nodes[:, 2].tolist() == [1] * 8 + [0, 0]
+    assert data.node_values == (2, 1, 2)
+    assert data.part("test").nodes.tolist() == [[1, 0, 0]]
+
+
+def test_bins_without_a_meaning_are_refused(make_set):
+    graphs, split, attributes = flat_set(make_set, [[[0.0], [1.0]], [[2.0], [float("nan")]], [[1.0]]])
+    with pytest.raises(UsageError, match=r"data\.bins is 1; give 2 or more"):
+        Given(graphs, bins=1)
+    with pytest.raises(UsageError, match=r"data\.bins is 3, and the nodes have no continuous attributes; leave it out"):
+        Given(graphs, split=split, bins=3).setup()
+    with pytest.raises(UsageError, match="an attribute of node 1 of graph 1 is not a finite number; replace it"):
+        Given(graphs, split=split, attributes=attributes, bins=3).setup()
 
 
 def test_nothing_is_downloaded_unasked(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
@@ -36,8 +38,23 @@ def test_sets_are_joined_and_taken_apart_again(random_set):
     first, second = random_set(count=3, kinds=2), random_set(count=4, kinds=2, seed=1)
     both = join([first, second])
     assert both.size == 7
+    again = both.take(torch.arange(3, 7))
+    assert again.edge_weight is None
     for name, value in vars(second).items():
-        assert torch.equal(getattr(both.take(torch.arange(3, 7)), name), value)
+        assert value is None or torch.equal(getattr(again, name), value)
+
+
+def test_weights_of_edges_go_with_them(random_set):
+    plain, graphs = random_set(count=2, seed=1), random_set(count=5)
+    edges = graphs.edge_index.shape[1]
+    weighted = replace(graphs, edge_weight=torch.arange(1.0, edges + 1))
+    index = torch.tensor([3, 0])
+    wanted = [torch.arange(1.0, edges + 1)[graphs.edge_start[g] : graphs.edge_start[g + 1]] for g in (3, 0)]
+    assert torch.equal(weighted.batch(index).edge_weight, torch.cat(wanted))
+    assert graphs.batch(index).edge_weight is None
+    both = join([plain, weighted]).to(CPU)  # an edge without a weight is whole
+    assert both.edge_weight.tolist() == [1.0] * plain.edge_index.shape[1] + list(range(1, edges + 1))
+    assert weighted.stored_bytes() == graphs.stored_bytes() + 4 * edges
 
 
 def test_bytes_are_counted_by_the_formula(random_set):

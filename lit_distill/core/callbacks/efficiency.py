@@ -23,8 +23,10 @@ class Efficiency(Callback):
     - `step_seconds`, `samples_per_second`: wall time of training batches, loading included, validation and the first
       few batches excluded; over all processes.
     - `student_params`, `teacher_params`, `compression` (teacher over student), `student_flops` (one forward of one
-      sample, multiply and add counted as two, by torch's own counter).
+      sample, multiply and add counted as two, by torch's own counter: matrix products, convolutions and attention, but
+      not sums over neighbors).
     - `inference_samples_per_second`: the student alone, batches of 128, on the device of the run.
+      Where samples differ in size, as graphs do, `student_flops` and this are means over the module's examples.
     - `peak_memory_bytes`: of the device; on CPU, of the process.
     """
 
@@ -77,8 +79,8 @@ class Efficiency(Callback):
         example = pl_module.example_inputs()
         # Under FSDP2 the student is sharded: its forward is a collective, and its FLOPs are spread over processes.
         if example is not None and pl_module.device_mesh is None:
-            self.values["student_flops"] = float(_flops(student, example))
-            self.values["inference_samples_per_second"] = _throughput(student, example)
+            self.values["student_flops"] = _flops(student, example) / _samples(example)
+            self.values["inference_samples_per_second"] = _throughput(student, example, pl_module.device)
         for logger in trainer.loggers:
             logger.log_metrics({f"efficiency/{k}": v for k, v in self.values.items()}, step=pl_module.iteration)
 
@@ -91,25 +93,26 @@ def _samples(batch: Any) -> int:
 
 
 @torch.no_grad()
-def _flops(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> int:
+def _flops(network: torch.nn.Module, example: tuple[Any, ...]) -> int:
     with FlopCounterMode(display=False) as counter:
         network(*example)
     return counter.get_total_flops()
 
 
 @torch.inference_mode()
-def _throughput(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> float:
-    batch = tuple(tensor.expand(INFERENCE_BATCH, *tensor.shape[1:]).contiguous() for tensor in example)
-    network(*batch)
-    _synchronize(batch[0])
+def _throughput(network: torch.nn.Module, example: tuple[Any, ...], device: torch.device) -> float:
+    if all(isinstance(part, torch.Tensor) for part in example):  # else it is a batch as it is
+        example = tuple(tensor.expand(INFERENCE_BATCH, *tensor.shape[1:]).contiguous() for tensor in example)
+    network(*example)
+    _synchronize(device)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < INFERENCE_SECONDS:
-        network(*batch)
-        _synchronize(batch[0])
+        network(*example)
+        _synchronize(device)
         count += 1
-    return count * INFERENCE_BATCH / (time.perf_counter() - start)
+    return count * _samples(example) / (time.perf_counter() - start)
 
 
-def _synchronize(tensor: torch.Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -73,7 +73,9 @@ for (const button of document.querySelectorAll("button[data-plot]")) {
   button.addEventListener("click", () => {
     const plot = document.getElementById(button.dataset.plot);
     const size = { width: plot.clientWidth, height: plot.clientHeight };
-    Plotly.downloadImage(plot, { format: "svg", filename: button.dataset.plot, ...size });
+    // With the card's ground: light letters on nothing cannot be read elsewhere.
+    const figure = { data: plot.data, layout: { ...plot.layout, paper_bgcolor: colour("@card") } };
+    Plotly.downloadImage(figure, { format: "svg", filename: button.dataset.plot, ...size });
   });
 }
 dark.addEventListener("change", drawAll);

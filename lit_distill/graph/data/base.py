@@ -1,10 +1,11 @@
-"""What all graph data modules share: splits, labels by degree, checks."""
+"""What all graph data modules share: splits, labels by degree or by quantile, checks."""
 
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_distill.core.data import EpochDataModule, stratified_order
@@ -20,11 +21,17 @@ class GraphSource(NamedTuple):
         classes: Names of the classes.
         graphs: The graphs; without node features (c = 0) where the set has none.
         split: Positions of "train", "val" and "test", where the set has a split of its own.
+        attributes: Continuous node attributes, (n, a), which `bins` makes whole numbers of.
+        node_values: Number of values of each node feature, where more are known than the graphs have.
+        edge_values: The same of each edge feature.
     """
 
     classes: tuple[str, ...]
     graphs: GraphSet
     split: dict[str, Int[Tensor, " n"]] | None = None
+    attributes: Float[Tensor, "n a"] | None = None
+    node_values: tuple[int, ...] | None = None
+    edge_values: tuple[int, ...] | None = None
 
 
 class GraphDataModule(EpochDataModule):
@@ -34,23 +41,32 @@ class GraphDataModule(EpochDataModule):
     Graphs lie in memory on the device that trains, and whole batches are selected; `num_workers` has no effect. The
     last batch of an epoch may be smaller than the others.
 
-    Nodes without labels get their degree, up to the largest degree of the training part.
+    Nodes without labels get their degree, up to the largest degree of the training part. Continuous node attributes are
+    left out, unless `bins` makes labels of them: each is then in one of so many ranges, between quantiles of the
+    training part's nodes. Beside labels of the set they are further features.
+
+    A label that no training graph has is no mistake, it counts among `node_values`: a network has an embedding for it,
+    which no gradient reaches in training. Every bin has training nodes.
 
     Args:
         val_share: Share of the graphs for validation, where the set has no split.
         test_share: Share of the graphs for testing, likewise.
+        bins: Ranges for each continuous node attribute, 2 or more; fewer where values repeat. None leaves attributes
+            out.
         kwargs: See `EpochDataModule`.
 
     Attributes:
-        node_values: Number of values of each node feature, known after `setup`.
+        node_values: Number of values of each node feature in all parts, known after `setup`.
         edge_values: The same of each edge feature.
     """
 
     drop_last = False
     node_values: tuple[int, ...]
     edge_values: tuple[int, ...]
+    node_names: tuple[str, ...] = ()  # how the values of a single feature read, in pictures
+    edge_names: tuple[str, ...] = ()
 
-    def __init__(self, val_share: float = 0.1, test_share: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, val_share: float = 0.1, test_share: float = 0.1, bins: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for key, value in {"val_share": val_share, "test_share": test_share}.items():
             if not 0 <= value < 1:
@@ -59,8 +75,11 @@ class GraphDataModule(EpochDataModule):
             raise UsageError(
                 f"data.val_share, data.test_share: {val_share} and {test_share} leave nothing for training; lower them"
             )
+        if bins is not None and bins < 2:
+            raise UsageError(f"data.bins is {bins}; give 2 or more, or leave it out")
         self.val_share = val_share
         self.test_share = test_share
+        self.bins = bins
         self._parts: dict[str, GraphSet] = {}
 
     @abstractmethod
@@ -77,7 +96,7 @@ class GraphDataModule(EpochDataModule):
             return
         source = self.read()
         graphs = source.graphs
-        _check(graphs, len(source.classes))
+        _check(source)
         split = source.split or self._split(graphs.labels)
         if self.train_size is not None:
             train = split["train"]
@@ -86,12 +105,20 @@ class GraphDataModule(EpochDataModule):
                     f"data.train_size: {self.train_size} is more than the {len(train)} available; lower it"
                 )
             split["train"] = train[stratified_order(graphs.labels[train], self.split_seed)][: self.train_size]
+        if self.bins is not None:
+            graphs = _labelled_by_quantile(graphs, source.attributes, split["train"], self.bins)
+        elif not graphs.nodes.shape[1] and source.attributes is not None:
+            raise UsageError(
+                "data: the nodes have continuous attributes and no labels, so that each would be the only one of its "
+                "kind; set data.bins, such as to 5, to take the quantiles between which a value lies"
+            )
         if not graphs.nodes.shape[1]:
             graphs = _labelled_by_degree(graphs, split["train"])
         self.classes = source.classes
         self.num_classes = len(source.classes)
-        self.node_values = _values(graphs.nodes)
-        self.edge_values = _values(graphs.edges)
+        known = source.node_values or ()
+        self.node_values = known + _values(graphs.nodes)[len(known) :]  # behind them, bins
+        self.edge_values = source.edge_values or _values(graphs.edges)
         self._parts = {name: graphs.take(index) for name, index in split.items() if len(index)}
         _check_training(self._parts["train"], self.classes)
 
@@ -141,13 +168,39 @@ def _values(features: Tensor) -> tuple[int, ...]:
 
 def _labelled_by_degree(graphs: GraphSet, train: Tensor) -> GraphSet:
     degrees = torch.bincount(graphs.edge_index[1], minlength=len(graphs.roots))
-    of_training = torch.zeros(graphs.size, dtype=torch.bool)
-    of_training[train] = True
-    largest = degrees[of_training[graphs.graph()]].max()
+    largest = degrees[_nodes_of(graphs, train)].max()
     return GraphSet(**{**vars(graphs), "nodes": degrees.clamp(max=largest)[:, None]})
 
 
-def _check(graphs: GraphSet, num_classes: int) -> None:
+def _labelled_by_quantile(graphs: GraphSet, attributes: Tensor | None, train: Tensor, bins: int) -> GraphSet:
+    if attributes is None:
+        raise UsageError(f"data.bins is {bins}, and the nodes have no continuous attributes; leave it out")
+    if not attributes.isfinite().all():
+        place = int((~attributes.isfinite()).any(1).nonzero()[0])
+        raise UsageError(
+            f"data.bins: an attribute of node {place - int(graphs.node_start[graphs.graph()[place]])} of graph "
+            f"{int(graphs.graph()[place])} is not a finite number; replace it"
+        )
+    known = attributes[_nodes_of(graphs, train)].double().numpy()
+    # Edges are values of training nodes, and none is the largest: so each range has such a node, its upper edge.
+    edges = np.quantile(known, np.arange(1, bins) / bins, axis=0, method="inverted_cdf")
+    columns = [
+        np.searchsorted(np.unique(own[own < largest]), column)
+        for own, largest, column in zip(edges.T, known.max(0), attributes.double().numpy().T, strict=True)
+    ]
+    nodes = torch.cat([graphs.nodes, torch.from_numpy(np.stack(columns, axis=1))], dim=1)
+    return GraphSet(**{**vars(graphs), "nodes": nodes})
+
+
+def _nodes_of(graphs: GraphSet, index: Tensor) -> Tensor:
+    """Says of each node whether it is in one of the given graphs."""
+    chosen = torch.zeros(graphs.size, dtype=torch.bool)
+    chosen[index] = True
+    return chosen[graphs.graph()]
+
+
+def _check(given: GraphSource) -> None:
+    graphs, num_classes = given.graphs, len(given.classes)
     if not graphs.size:
         raise UsageError("data: there are no graphs; check data.root")
     if graphs.labels.min() < 0 or graphs.labels.max() >= num_classes:
@@ -160,6 +213,15 @@ def _check(graphs: GraphSet, num_classes: int) -> None:
         raise UsageError(f"data: graph {int(empty.nonzero()[0])} has no nodes; leave it out")
     if (graphs.nodes.numel() and graphs.nodes.min() < 0) or (graphs.edges.numel() and graphs.edges.min() < 0):
         raise UsageError("data: node and edge labels must be whole numbers from 0; a negative one was found")
+    for kind, features, values in (
+        ("node", graphs.nodes, given.node_values),
+        ("edge", graphs.edges, given.edge_values),
+    ):
+        for column, (most, there) in enumerate(zip(_values(features), values or (), strict=False)):
+            if most > there:
+                raise UsageError(
+                    f"data: {kind} feature {column} has the value {most - 1}; 0 to {there - 1} is expected, correct it"
+                )
     source, target = graphs.edge_index
     loops = source == target
     if loops.any():

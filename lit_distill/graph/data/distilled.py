@@ -1,5 +1,6 @@
 """Distilled sets as training data, with validation and test on real graphs."""
 
+import json
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -8,9 +9,11 @@ import torch
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import EpochLoader
+from lit_distill.graph.condensed import KIND, CondensedGraphs
 from lit_distill.graph.data.base import GraphDataModule, GraphSource
-from lit_distill.graph.distilled import DistilledTrees
+from lit_distill.graph.distilled import DESCRIPTION, DistilledTrees
 from lit_distill.graph.graphs import GraphLoader, GraphSet, WeightedSampler
+from lit_distill.graph.pictures import save_picture
 
 Sampling = Literal["uniform", "frequency"]
 
@@ -47,50 +50,61 @@ class ReplacedTraining(GraphDataModule):
         self.source.setup(stage)
         self.classes, self.num_classes = self.source.classes, self.source.num_classes
         self.node_values, self.edge_values = self.source.node_values, self.source.edge_values
+        self.node_names, self.edge_names = self.source.node_names, self.source.edge_names
         train = self.replace()
         self._parts = {name: self.source.part(name) for name in ("val", "test") if self.source.has_part(name)}
         self._parts["train"] = train
 
 
 class TreesModule(ReplacedTraining):
-    """Base of data modules that train on a `DistilledTrees`.
+    """Base of data modules that train on a `DistilledTrees`, or on a `CondensedGraphs`.
 
     Args:
         source: The real graphs.
         sampling: "uniform": every itemset once an epoch, as the public code does it. "frequency": as many draws as
-            there are itemsets, classes evenly and within a class by support, as the paper says.
+            there are itemsets, classes evenly and within a class by support, as the paper says. Condensed graphs have
+            no supports.
         kwargs: See `ReplacedTraining`.
     """
 
     def __init__(self, source: GraphDataModule, sampling: Sampling = "uniform", **kwargs: Any) -> None:
         super().__init__(source, **kwargs)
         self.sampling = sampling
-        self.distilled: DistilledTrees | None = None
+        self.distilled: DistilledTrees | CondensedGraphs | None = None
+        self.panels: dict[str, Any] = {}
 
     @abstractmethod
-    def trees(self) -> DistilledTrees:
+    def trees(self) -> DistilledTrees | CondensedGraphs:
         """Returns the distilled set."""
 
     def replace(self) -> GraphSet:
-        """Returns the synthetic graphs of the distilled set."""
+        """Returns the synthetic graphs of the distilled set; a run keeps a picture of trees in its folder."""
         self.distilled = self.trees()
+        self.edge_values = self.distilled.edge_values
+        trainer = self.trainer
+        if trainer is not None and trainer.training and isinstance(self.distilled, DistilledTrees):
+            folder = trainer.log_dir  # asked by all processes: one tells the others
+            if folder and trainer.is_global_zero:
+                self.panels["picture"] = save_picture(folder, self.distilled, self.source)
         return self.distilled.graphs()
 
     def footprint(self) -> dict[str, int]:
-        """Counts what the training set weighs, see `DistilledTrees.footprint`."""
+        """Counts what the training set weighs, see `DistilledTrees.footprint` and `CondensedGraphs.footprint`."""
         assert self.distilled is not None
         return self.distilled.footprint()
 
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
         if training and self.sampling == "frequency":
-            assert self.distilled is not None
+            assert isinstance(self.distilled, DistilledTrees)
             sampling["sampler"] = WeightedSampler(self.distilled.frequencies(), self.run_seed)
         return GraphLoader(self.part(part), device=device, **sampling)
 
 
 class DistilledGraphs(TreesModule):
     """A distilled set from disk: any student trains on it without the data that it was made from.
+
+    Condensed graphs have no edge labels, whatever the real ones have; a student must not ask for them.
 
     Args:
         folder: Folder that holds `distilled.json`, such as `runs/mirage/gin-s0/distilled`.
@@ -102,10 +116,15 @@ class DistilledGraphs(TreesModule):
         super().__init__(source, **kwargs)
         self.folder = Path(folder)
 
-    def trees(self) -> DistilledTrees:
+    def trees(self) -> DistilledTrees | CondensedGraphs:
         """Reads the set, and checks that the source's graphs have the same labels and classes."""
-        distilled = DistilledTrees.load(self.folder)
-        for key in ("classes", "node_values", "edge_values"):
+        distilled = load_distilled(self.folder)
+        keys = ["classes", "node_values"]
+        if isinstance(distilled, DistilledTrees):
+            keys.append("edge_values")
+        elif self.sampling == "frequency":
+            raise UsageError(f"data.sampling is frequency; the graphs of {self.folder} have no supports, take uniform")
+        for key in keys:
             own, other = getattr(distilled, key), tuple(getattr(self.source, key))
             if own != other:
                 raise UsageError(
@@ -113,3 +132,17 @@ class DistilledGraphs(TreesModule):
                     f"{list(other)}; give the source that it was made from"
                 )
         return distilled
+
+
+def load_distilled(folder: Path) -> DistilledTrees | CondensedGraphs:
+    """Reads a distilled set of either kind.
+
+    Raises:
+        UsageError: There is none, or it is of another kind or version.
+        RunError: A file cannot be read.
+    """
+    try:
+        kind = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None  # the reader of trees says what is wrong with the file
+    return CondensedGraphs.load(folder) if kind == KIND else DistilledTrees.load(folder)

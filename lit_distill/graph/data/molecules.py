@@ -27,6 +27,9 @@ class SolubilityDataModule(GraphDataModule):
         kwargs: See `GraphDataModule`; `test_share` and `root` have no effect.
     """
 
+    node_names = ELEMENTS
+    edge_names = BONDS
+
     def __init__(self, bonds: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bonds = bonds

@@ -18,7 +18,10 @@ class TUDataModule(GraphDataModule):
 
     The files `NAME_A.txt`, `NAME_graph_indicator.txt`, `NAME_graph_labels.txt` and perhaps `NAME_node_labels.txt`,
     `NAME_edge_labels.txt` are looked for in `root/NAME/raw`, `root/NAME`, `root`, and in `root/NAME.zip`. Continuous
-    attributes (`NAME_node_attributes.txt`) are left out.
+    node attributes (`NAME_node_attributes.txt`) are left out unless `bins` is given, those of edges always.
+
+    Labels are counted from the smallest of the set, as torch-geometric does it: a part of a set, written out by itself,
+    may have other numbers.
 
     Args:
         root: Folder of the data.
@@ -94,11 +97,6 @@ def _read(folder: Path, name: str) -> GraphSource:
     total = int(node_start[-1])
     nodes = _whole_numbers(data.x, sizes["num_node_attributes"], total)
     edges = _whole_numbers(data.edge_attr, sizes["num_edge_attributes"], data.edge_index.shape[1])
-    if not nodes.shape[1] and sizes["num_node_attributes"]:
-        raise UsageError(
-            f"data.name: the nodes of {name} have continuous attributes and no labels, so that each would be the only "
-            f"one of its kind; write rounded values as {name}_node_labels.txt"
-        )
     graphs = GraphSet(
         labels=labels,
         nodes=nodes,
@@ -108,7 +106,12 @@ def _read(folder: Path, name: str) -> GraphSource:
         edge_start=edge_start,
         roots=torch.ones(total, dtype=torch.bool),
     )
-    return GraphSource(tuple(str(number) for number in range(int(labels.max()) + 1)), graphs)
+    count = sizes["num_node_attributes"]
+    return GraphSource(
+        tuple(str(number) for number in range(int(labels.max()) + 1)),
+        graphs,
+        attributes=data.x[:, :count] if count else None,
+    )
 
 
 def _whole_numbers(features: Tensor | None, attributes: int, count: int) -> Tensor:

@@ -84,8 +84,9 @@ class Mirage(TreesModule):
         trainer = self.trainer
         if trainer is not None:
             self._check_depth(trainer.lightning_module)
-            if trainer.is_global_zero and trainer.log_dir and trainer.training:
-                distilled.save(Path(trainer.log_dir) / FOLDER)
+            folder = trainer.log_dir if trainer.training else None  # asked by all processes: one tells the others
+            if folder and trainer.is_global_zero:
+                distilled.save(Path(folder) / FOLDER)
         return distilled
 
     def _check_depth(self, module: Any) -> None:
