@@ -327,7 +327,7 @@ class ImageDistiller(Distiller):
         if described["random"]:
             raise UsageError(
                 "model.teacher_cache: the training images are augmented at random, so one cached output per image is "
-                "not the teacher's output; set data.augment and data.strong_view to false, or leave the cache out"
+                "not the teacher's output; set data.augment to false (and strong_view), or leave the cache out"
             )
         taps = self._teacher_taps.names
         fingerprint = {"teacher": self._teacher_hash, "data": described, "outputs": ["logits", *taps]}
