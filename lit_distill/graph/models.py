@@ -123,7 +123,7 @@ class DeepSets(nn.Module):
 
 def _added(embeddings: nn.ModuleList, features: Tensor) -> Tensor:
     if features.is_floating_point():
-        return features @ torch.cat([embedding.weight for embedding in embeddings])  # type: ignore[misc]  # a module's attribute
+        return features @ torch.cat([embedding.weight for embedding in embeddings])  # type: ignore[misc]  # a ModuleList does not say what it holds
     columns = [embedding(features[:, number]) for number, embedding in enumerate(embeddings)]
     return sum(columns[1:], start=columns[0])
 

@@ -525,7 +525,7 @@ def _letters(color: str) -> str:
 def _examples(distilled: DistilledTrees, words: _Words, graphs: GraphSet, tops: list[list[int]]) -> dict[int, _Example]:
     """Finds an example for each class that has one; none without RDKit."""
     try:
-        import rdkit  # noqa: F401
+        import rdkit  # noqa: F401  # asks only whether it is there
     except ImportError:
         return {}
     of_class = [(graphs.labels == number).nonzero()[:SEARCHED, 0] for number in range(len(distilled.classes))]

@@ -6,7 +6,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from lit_distill.core.errors import UsageError
 from lit_distill.image.losses.logits import MultiLevel
 from lit_distill.image.methods.mlkd import MLKD
-from lit_distill.losses.logits import multi_level_published
+from lit_distill.losses.logits import multi_level, multi_level_published
 
 
 def test_method(check_method):
@@ -110,6 +110,20 @@ def test_as_published_is_what_the_public_code_adds_up(step, tiny, two_views, sta
         expected += samples * (s + b) + classes * c + second
     _, terms = step(MLKD(tiny(), teacher, as_published=True, standardize=standardize, mlkd_weight=0.7), two_views)
     assert terms["mlkd"] == pytest.approx(0.7 * expected, rel=1e-3)
+
+
+def test_each_part_counts_with_its_sign():
+    # Logits far apart, unlike those of untrained networks, so that no part drowns in the others.
+    weak, strong, weak_t, strong_t = (6 * np.random.default_rng(seed).normal(size=(8, 3)) for seed in range(4))
+    temperatures = (2, 3, 4, 5, 6)
+    each = np.array([parts(weak, weak_t, t) for t in temperatures])
+    assert (each.sum(0) > 0.02 * each.sum()).all()
+    tensors = [torch.tensor(z).float() for z in (weak, strong, weak_t, strong_t)]
+    assert float(multi_level(tensors[0], tensors[2])) == pytest.approx(each.sum(), rel=1e-5)
+    s_strong = sum(parts(strong, strong_t, t)[0] for t in (3, 4, 5))
+    s_weak = sum(parts(weak, weak_t, t)[0] for t in (2, 6))
+    expected = 0.5 * each[:, :2].sum() + 2 / 3 * each[:, 2].sum() + s_strong + s_weak
+    assert float(multi_level_published(*tensors)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_teacher_gets_no_gradient():

@@ -57,7 +57,7 @@ class NodePart(NamedTuple):
     place: Int[Tensor, " k"]
     graph: NodeGraph
     unseen: Bool[Tensor, " k"]
-    index: Int[Tensor, " k"]  # type: ignore[assignment]  # as above
+    index: Int[Tensor, " k"]  # type: ignore[assignment]  # tuple has a method of this name
 
     @property
     def features(self) -> Float[Tensor, "k d"]:
