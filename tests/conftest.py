@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 # Before anything of ours is imported: shapes in signatures are enforced in tests, and cost nothing in production.
-jaxtyping.install_import_hook(["lit_distill.losses", "lit_distill.image", "lit_distill.graph"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["lit_distill.losses", "lit_distill.image", "lit_distill.graph", "lit_distill.dataset"], "beartype.beartype"
+)
 
 torch.set_num_threads(1)
 

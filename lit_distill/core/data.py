@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -14,11 +14,22 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import EpochLoader, EpochPermutation, derived_seed
 
 
-class EpochDataModule(LightningDataModule, ABC):
+class Labelled(Protocol):
+    """What every part of a data set has, whatever its samples are."""
+
+    @property
+    def labels(self) -> Int[Tensor, " n"]:
+        """Class of each sample."""
+
+
+Part = TypeVar("Part", bound=Labelled)
+
+
+class EpochDataModule(LightningDataModule, ABC, Generic[Part]):
     """Base of data modules whose parts ("train", "val", "test") are served by an `EpochLoader`.
 
-    Training batches are shuffled. Batch sizes count samples over all processes, so a run means the same on one GPU and
-    on eight.
+    A subclass makes the parts (`read_parts`) and loaders of them (`make_loader`). Training batches are shuffled. Batch
+    sizes count samples over all processes, so a run means the same on one GPU and on eight.
 
     Args:
         root: Folder of the data.
@@ -65,6 +76,7 @@ class EpochDataModule(LightningDataModule, ABC):
         self.train_size = train_size
         self.split_seed = split_seed
         self.eval_batch_size = eval_batch_size
+        self._parts: dict[str, Part] = {}
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled training batches."""
@@ -86,17 +98,41 @@ class EpochDataModule(LightningDataModule, ABC):
         """The test batches."""
         return self.test_dataloader()
 
-    @abstractmethod
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and splits the data, once; raises what `read_parts` does."""
+        if not self._parts:
+            self._parts = self.read_parts()
+
     def has_part(self, part: str) -> bool:
         """Says whether there is such a part ("train", "val" or "test")."""
+        self.setup()
+        return part in self._parts
 
-    @abstractmethod
+    def part(self, name: str) -> Part:
+        """Returns a part.
+
+        Raises:
+            UsageError: There is no such part.
+        """
+        if not self.has_part(name):
+            raise UsageError(self.no_part(name))
+        return self._parts[name]
+
     def part_size(self, part: str) -> int:
         """Returns the number of samples in a part."""
+        return len(self.part(part).labels)
 
-    @abstractmethod
     def train_labels(self) -> Int[Tensor, " n"]:
         """Returns the labels of the training part by sample index."""
+        return self.part("train").labels
+
+    @abstractmethod
+    def read_parts(self) -> dict[str, Part]:
+        """Reads and splits the data. What else is known of them afterwards, such as `classes`, is set here too."""
+
+    @abstractmethod
+    def no_part(self, name: str) -> str:
+        """Returns what a user is told who asks for a part that there is not."""
 
     @abstractmethod
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_distill.core.errors import RunError
+from lit_distill.core.errors import RunError, UsageError
 from lit_distill.core.networks import freeze
 from lit_distill.core.reference import Reference
 from lit_distill.core.strategies import shard
@@ -50,6 +50,7 @@ class Distiller(LightningModule):
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     product: ClassVar[str] = "student"
     label_terms: ClassVar[frozenset[str]] = frozenset({"ce"})
+    asks_data: ClassVar[str] = "methods ask the data module for num_classes"
 
     student: nn.Module
     teacher: nn.Module | None
@@ -226,6 +227,22 @@ class Distiller(LightningModule):
 
     def _is_frozen(self, key: str) -> bool:
         return key.partition(".")[0] in self.frozen
+
+    def _data(self) -> Any:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UsageError(f"data is missing; {self.asks_data}")
+        return data
+
+    def _log_metrics(self, metrics: Any) -> None:
+        self.log_dict(metrics.compute(), sync_dist=True)
+        metrics.reset()
+
+    def _log_teacher(self, teacher: Tensor, student: Tensor, labels: Tensor) -> None:
+        """Logs how often the teacher is right on a test batch, and how often the student decides as it does."""
+        decided = teacher.argmax(1)
+        for name, hits in (("teacher_acc", decided == labels), ("agreement", decided == student.argmax(1))):
+            self.log(f"test/{name}", hits.float().mean(), batch_size=len(labels), sync_dist=True)
 
     def _log_window(self) -> None:
         if not self._window:

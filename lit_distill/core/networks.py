@@ -23,6 +23,33 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
+def redraw(network: nn.Module) -> None:
+    """Draws all weights of a network anew, the way its modules do it themselves."""
+    reset = getattr(network, "reset_parameters", None)
+    if reset is not None:
+        reset()
+        return
+    for child in network.children():
+        redraw(child)
+
+
+@torch.no_grad()
+def check_redrawable(network: nn.Module, role: str = "student") -> None:
+    """Draws all weights of a network anew, and checks that none was missed.
+
+    Raises:
+        UsageError: A parameter belongs to a module that cannot draw it.
+    """
+    for parameter in network.parameters():
+        parameter.fill_(torch.nan)
+    redraw(network)
+    for name, parameter in network.named_parameters():
+        if parameter.isnan().any():
+            raise UsageError(
+                f"model.{role}: {name} cannot be drawn anew; give its module a reset_parameters that does it"
+            )
+
+
 def count_parameters(network: nn.Module | None) -> int:
     """Counts all parameters of a network, frozen ones too; 0 for None."""
     return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())

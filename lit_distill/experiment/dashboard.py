@@ -39,6 +39,7 @@ Spec = dict[str, Any]
 
 MOST_DRAWN = 24  # more rows than this cannot be told apart in a plot
 MOST_LABELLED = 12  # more labels than this do not fit beside the points of a plot
+PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 LARGEST_PICTURE = 2_000_000  # bytes; the page holds it
 CURVE_POINTS = 200  # about the width of a plot in steps that the eye can tell apart
 
@@ -585,11 +586,11 @@ def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
 
 
 def picture_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
-    """A picture that the first run left in its folder: SVG, shown as an image, in which no script runs."""
+    """A picture that the first run left in its folder: SVG or PNG, shown as an image, in which no script runs."""
     run, panel = next((run, run.panels["picture"]) for run in group.runs if "picture" in run.panels)
     file = Path(str(panel["file"]))
-    if file.suffix != ".svg" or file.name != str(file):
-        raise ValueError("a picture is an SVG file in the run's folder")
+    if file.suffix not in PICTURE_TYPES or file.is_absolute() or ".." in file.parts:
+        raise ValueError("a picture is an SVG or PNG file in the run's folder")
     try:
         content = (run.path / file).read_bytes()
     except OSError as error:
@@ -605,7 +606,7 @@ def picture_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
         {},
         tuple(str(name) for name in panel["head"]),
         rows,
-        image=f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}",
+        image=f"data:{PICTURE_TYPES[file.suffix]};base64,{base64.b64encode(content).decode()}",
         row=group.label,
     )
 
@@ -621,7 +622,7 @@ class PanelKind:
 
 PANELS = {
     "picture": PanelKind(
-        "Distilled data", "The most frequent parts of what the student was trained on.", picture_panel
+        "Distilled data", "What the student was trained on, or the most frequent parts of it.", picture_panel
     ),
     "reliability": PanelKind(
         "Calibration",

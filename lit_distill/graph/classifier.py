@@ -1,6 +1,6 @@
 """The graph classifier: one module for full data, subsets and distilled sets, so that runs differ by data alone."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class GraphClassifier(Distiller):
         student: The `GraphNetwork` to train.
         kwargs: See `Distiller`.
     """
+
+    asks_data: ClassVar[str] = "graph methods ask the data module for num_classes and node_values"
 
     def __init__(self, student: nn.Module, **kwargs: Any) -> None:
         super().__init__(student, **kwargs)
@@ -66,30 +68,22 @@ class GraphClassifier(Distiller):
         logits = self.student(batch)
         self.test_metrics.update(logits, batch.labels)
         if self.teacher is not None:
-            teacher, size = self.teacher(batch).argmax(1), len(batch.labels)
-            self.log("test/teacher_acc", (teacher == batch.labels).float().mean(), batch_size=size, sync_dist=True)
-            self.log("test/agreement", (teacher == logits.argmax(1)).float().mean(), batch_size=size, sync_dist=True)
+            self._log_teacher(self.teacher(batch), logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/*`, with what the training set weighs, and keeps the reliability bins."""
         self.panels["reliability"] = reliability(self.test_metrics)
         self._log_metrics(self.test_metrics)
-        for name, value in self._data().footprint().items():
+        for name, value in self.footprint().items():
             self.log(f"test/{name}", float(value))
+
+    def footprint(self) -> dict[str, int]:
+        """Counts the bytes of the training set."""
+        return self._data().footprint()
 
     def predict_step(self, batch: GraphBatch, batch_idx: int) -> dict[str, Tensor]:
         """Returns index, label and class probabilities."""
         return {"index": batch.index, "label": batch.labels, "probabilities": self.student(batch).softmax(1)}
-
-    def _log_metrics(self, metrics: Any) -> None:
-        self.log_dict(metrics.compute(), sync_dist=True)
-        metrics.reset()
-
-    def _data(self) -> Any:
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            raise UsageError("data is missing; graph methods ask the data module for num_classes and node_values")
-        return data
 
 
 def graph_metrics(num_classes: int, *, prefix: str) -> MetricCollection:

@@ -1,6 +1,5 @@
 """Condensed graphs: a few dense graphs with learned features and adjacency, in training and on disk."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_distill.core.errors import RunError, UsageError
+from lit_distill.core.errors import UsageError
 from lit_distill.core.files import atomic_path, write_json
-from lit_distill.graph.distilled import DESCRIPTION
+from lit_distill.graph.distilled import DESCRIPTION, load_set
 from lit_distill.graph.graphs import GraphBatch, GraphSet, ranges, starts
 
 KIND, VERSION = "graphs", 1
@@ -261,28 +259,7 @@ class CondensedGraphs:
             UsageError: There is none, or it is of another version.
             RunError: A file cannot be read.
         """
-        folder = Path(folder)
-        if not (folder / DESCRIPTION).is_file():
-            raise UsageError(
-                f"{folder} holds no {DESCRIPTION}; give the folder of a distilled set, such as RUN/distilled"
-            )
-        try:
-            rest = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            kind, version = rest.pop("kind"), rest.pop("version")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise RunError(f"{folder / DESCRIPTION} cannot be read ({error}); condense again") from error
-        if version != VERSION or kind != KIND:
-            raise UsageError(
-                f"{folder} holds {kind} of version {version}, this release reads graphs of version {VERSION}; "
-                "condense again, or use the release that wrote it"
-            )
-        try:
-            for name in ("classes", "node_values", "edge_values"):
-                rest[name] = tuple(rest[name])
-            tensors: dict[str, Any] = load_file(folder / TENSORS)
-            return cls(**tensors, **rest)
-        except (OSError, KeyError, TypeError, SafetensorError) as error:
-            raise RunError(f"{folder} cannot be read ({str(error)[:120]}); condense again") from error
+        return load_set(cls, folder, TENSORS, kind=KIND, version=VERSION, remedy="condense again")
 
 
 def _symmetric(logits: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:

@@ -1,9 +1,10 @@
 """The distilled set: computation trees, each stored once, and the sets of them that stand for a class."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lit_distill.graph.trees import Tree
 
 VERSION = 1
 TENSORS, DESCRIPTION = "trees.safetensors", "distilled.json"
+Set = TypeVar("Set")
 
 
 @dataclass(frozen=True)
@@ -125,28 +127,47 @@ class DistilledTrees:
             UsageError: There is none, or it is of another version.
             RunError: A file cannot be read.
         """
-        folder = Path(folder)
-        if not (folder / DESCRIPTION).is_file():
-            raise UsageError(
-                f"{folder} holds no {DESCRIPTION}; give the folder of a distilled set, such as RUN/distilled"
-            )
-        try:
-            rest = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            kind, version = rest.pop("kind"), rest.pop("version")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise RunError(f"{folder / DESCRIPTION} cannot be read ({error}); distil again") from error
-        if version != VERSION or kind != "trees":
-            raise UsageError(
-                f"{folder} holds {kind} of version {version}, this release reads trees of version {VERSION}; "
-                "distil again, or use the release that wrote it"
-            )
-        try:
-            tensors: dict[str, Any] = {name: value.long() for name, value in load_file(folder / TENSORS).items()}
-            for name in ("classes", "node_values", "edge_values"):
-                rest[name] = tuple(rest[name])
-            return cls(**tensors, **rest)
-        except (OSError, KeyError, TypeError, SafetensorError) as error:
-            raise RunError(f"{folder} cannot be read ({str(error)[:120]}); distil again") from error
+        return load_set(cls, folder, TENSORS, kind="trees", version=VERSION, remedy="distil again")
+
+
+def load_set(
+    make: Callable[..., Set], folder: str | Path, tensors: str, *, kind: str, version: int, remedy: str
+) -> Set:
+    """Reads a distilled set of one kind.
+
+    Args:
+        make: Makes the set from its fields.
+        folder: Folder of the set.
+        tensors: Name of the file that holds its tensors.
+        kind: What stands in the description as "kind".
+        version: The one version that can be read.
+        remedy: What to do with a set that cannot be read.
+
+    Raises:
+        UsageError: There is none, or it is of another kind or version.
+        RunError: A file cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / DESCRIPTION).is_file():
+        raise UsageError(f"{folder} holds no {DESCRIPTION}; give the folder of a distilled set, such as RUN/distilled")
+    try:
+        rest = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        found = rest.pop("kind"), rest.pop("version")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RunError(f"{folder / DESCRIPTION} cannot be read ({error}); {remedy}") from error
+    if found != (kind, version):
+        raise UsageError(
+            f"{folder} holds {found[0]} of version {found[1]}, this release reads {kind} of version {version}; "
+            f"{remedy}, or use the release that wrote it"
+        )
+    try:
+        for name in ("classes", "node_values", "edge_values"):
+            rest[name] = tuple(rest[name])
+        for name, value in load_file(folder / tensors).items():
+            rest[name] = value.long() if value.dtype == torch.int32 else value
+        return make(**rest)
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{folder} cannot be read ({str(error)[:120]}); {remedy}") from error
 
 
 def pack(

@@ -11,14 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_distill.core.errors import UsageError
-from lit_distill.core.loading import derived_seed
-from lit_distill.core.metrics import reliability
-from lit_distill.core.networks import freeze
+from lit_distill.core.networks import check_redrawable, freeze, redraw
+from lit_distill.core.synthesis import Synthesizer
 from lit_distill.graph.classifier import GraphClassifier
 from lit_distill.graph.condensed import CondensedGraphs, SyntheticGraphs
 from lit_distill.graph.models import GraphNetwork
 
-FOLDER = "distilled"
 STUDENT_LR = 1e-3
 
 
@@ -27,7 +25,7 @@ def adam(parameters: Iterable[Any]) -> Optimizer:
     return torch.optim.Adam(parameters)
 
 
-class GraphSynthesizer(GraphClassifier):
+class GraphSynthesizer(Synthesizer, GraphClassifier):
     """Learns `synthetic`, a few dense graphs of each class that stand in for the training graphs. There is no teacher.
 
     A subclass has the loss. Features and adjacency are two groups of one optimizer, each with its learning rate. The
@@ -52,7 +50,6 @@ class GraphSynthesizer(GraphClassifier):
         scheduler_interval: See `Distiller`.
     """
 
-    frozen = ("student",)
     student: GraphNetwork
 
     def __init__(
@@ -81,7 +78,6 @@ class GraphSynthesizer(GraphClassifier):
         self.feature_lr = feature_lr
         self.adjacency_lr = adjacency_lr
         self.student_epochs = student_epochs
-        self._student_of: int | None = None  # the iteration whose set the student was trained on
 
     def build(self) -> None:
         """Checks network and data, and begins with real graphs."""
@@ -93,7 +89,7 @@ class GraphSynthesizer(GraphClassifier):
                 f"model.student.edge_values is {list(self.student.edge_values)}; condensed graphs have no edge labels, "
                 "leave it out"
             )
-        _check_redrawable(self.student)
+        check_redrawable(self.student)
         data = self._data()
         train = data.part("train")
         nodes = round(len(train.nodes) / train.size) if self.nodes is None else self.nodes
@@ -133,73 +129,26 @@ class GraphSynthesizer(GraphClassifier):
             },
         )
 
-    def train_student(self) -> None:
-        """Trains a new student on the set as it is now, unless that has been done."""
-        if self._student_of == self.iteration:
-            return
-        # All processes train the same one; the steps of training have a randomness of their own.
-        torch.manual_seed(derived_seed("student", self._data().run_seed, self.iteration))
+    def fit_student(self) -> None:
+        """Trains the student on all graphs at once."""
         graphs = self.condensed().graphs().to(self.device)
-        with torch.inference_mode(False), torch.enable_grad():
-            batch = graphs.batch(torch.arange(graphs.size, device=self.device))
-            redraw(self.student)
-            self.student.requires_grad_(True).train()
-            optimizer = torch.optim.Adam(self.student.parameters(), lr=STUDENT_LR)
-            half = torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.student_epochs // 2])
-            for _ in range(self.student_epochs):
-                optimizer.zero_grad()
-                F.cross_entropy(self.student(batch), batch.labels).backward()
-                optimizer.step()
-                half.step()
+        batch = graphs.batch(torch.arange(graphs.size, device=self.device))
+        redraw(self.student)
+        self.student.requires_grad_(True).train()
+        optimizer = torch.optim.Adam(self.student.parameters(), lr=STUDENT_LR)
+        half = torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.student_epochs // 2])
+        for _ in range(self.student_epochs):
             optimizer.zero_grad()
-            freeze(self.student)
-        self._student_of = self.iteration
+            F.cross_entropy(self.student(batch), batch.labels).backward()
+            optimizer.step()
+            half.step()
+        optimizer.zero_grad()
+        freeze(self.student)
 
-    def on_validation_epoch_start(self) -> None:
-        """Trains a student on the set, but not for the check before training."""
-        if not self.trainer.sanity_checking:
-            self.train_student()
+    def footprint(self) -> dict[str, int]:
+        """Counts the bytes of the set as it is now."""
+        return self.condensed().footprint()
 
-    def on_test_epoch_start(self) -> None:
-        """Trains a student on the set."""
-        self.train_student()
-
-    def on_predict_epoch_start(self) -> None:
-        """Trains a student on the set."""
-        self.train_student()
-
-    def on_test_epoch_end(self) -> None:
-        """Logs `test/*`, with what the set weighs, and keeps the reliability bins."""
-        self.panels["reliability"] = reliability(self.test_metrics)
-        self._log_metrics(self.test_metrics)
-        for name, value in self.condensed().footprint().items():
-            self.log(f"test/{name}", float(value))
-
-    def on_fit_end(self) -> None:
-        """Keeps the set in the run's folder, and trains the student that goes beside it."""
-        self.train_student()
-        folder = self.trainer.log_dir  # asked by all processes: one tells the others
-        if folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it late
-            self.condensed().save(Path(folder) / FOLDER)
-
-
-def redraw(network: nn.Module) -> None:
-    """Draws all weights of a network anew, the way its modules do it themselves."""
-    reset = getattr(network, "reset_parameters", None)
-    if reset is not None:
-        reset()
-        return
-    for child in network.children():
-        redraw(child)
-
-
-@torch.no_grad()
-def _check_redrawable(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        parameter.fill_(torch.nan)
-    redraw(network)
-    for name, parameter in network.named_parameters():
-        if parameter.isnan().any():
-            raise UsageError(
-                f"model.student: {name} cannot be drawn anew; give its module a reset_parameters that does it"
-            )
+    def save_distilled(self, folder: Path) -> None:
+        """Writes the set as it is now to a folder."""
+        self.condensed().save(folder)

@@ -174,6 +174,8 @@ class ImageDistiller(Distiller):
         kwargs: See `Distiller`.
     """
 
+    asks_data: ClassVar[str] = "image methods ask the data module for sample_shape and num_classes"
+
     def __init__(
         self,
         student: nn.Module,
@@ -281,10 +283,7 @@ class ImageDistiller(Distiller):
         logits = self.student(batch.images).float()
         self.test_metrics.update(logits, batch.labels)
         if self.teacher is not None:
-            teacher = self.teacher(batch.images).float().argmax(1)
-            size = len(batch.labels)
-            self.log("test/teacher_acc", (teacher == batch.labels).float().mean(), batch_size=size, sync_dist=True)
-            self.log("test/agreement", (teacher == logits.argmax(1)).float().mean(), batch_size=size, sync_dist=True)
+            self._log_teacher(self.teacher(batch.images).float(), logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/*`, keeps the reliability bins."""
@@ -308,18 +307,8 @@ class ImageDistiller(Distiller):
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 
-    def _log_metrics(self, metrics: Any) -> None:
-        self.log_dict(metrics.compute(), sync_dist=True)
-        metrics.reset()
-
     def _losses(self) -> list[DistillationLoss]:
         return [loss for loss in self.losses.values() if isinstance(loss, DistillationLoss)]
-
-    def _data(self) -> Any:
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            raise UsageError("data is missing; image methods ask the data module for sample_shape and num_classes")
-        return data
 
     def _open_cache(self, path: Path) -> TeacherCache:
         data = self._data()

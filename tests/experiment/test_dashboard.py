@@ -334,10 +334,19 @@ def test_a_picture_of_the_first_run_is_shown_as_an_image(write_run, page):
     assert not any(name.startswith("panel") for name in specs_of(text))  # nothing for Plotly to draw
 
 
+def test_a_grid_of_images_is_shown_from_a_folder_of_the_run(write_run, page):
+    folder = write_run(panels={"picture": PICTURE | {"file": "distilled/images.png"}})
+    (folder / "distilled").mkdir()
+    (folder / "distilled" / "images.png").write_bytes(b"not looked into")
+    expected = base64.b64encode(b"not looked into").decode()
+    assert f'<img src="data:image/png;base64,{expected}"' in page().read_text()
+
+
 @pytest.mark.parametrize(
     ("panel", "content"),
     [
         (PICTURE, None),
+        (PICTURE | {"file": "distilled/../../trees.svg"}, SVG),
         (PICTURE | {"file": "../trees.svg"}, SVG),
         (PICTURE | {"file": "/trees.svg"}, SVG),
         (PICTURE | {"file": "config.yaml"}, SVG),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from given import Given
 
 from lit_distill.graph.graphs import GraphSet, starts
 
@@ -51,3 +52,11 @@ def random_set():
         return graph_set(graphs, [number % classes for number in range(count)])
 
     return build
+
+
+@pytest.fixture
+def data(random_set):
+    """A module over 40 random graphs, all training graphs in one batch."""
+    data = Given(random_set(count=40), batch_size=100)
+    data.setup()
+    return data

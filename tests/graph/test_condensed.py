@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from given import Given
 from torch_geometric.nn import GCNConv
 from torch_geometric.nn.models import GAT, GCN, GIN
 from torch_geometric.utils import dense_to_sparse
@@ -17,17 +18,8 @@ from lit_distill.graph.condensed import (
     relaxed_adjacency,
     soft_labels,
 )
-from lit_distill.graph.data import DistilledGraphs, GraphDataModule, GraphSource
+from lit_distill.graph.data import DistilledGraphs
 from lit_distill.graph.models import GraphNetwork
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs, **kwargs):
-        super().__init__(val_share=0.2, test_share=0.2, **kwargs)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 def synthetic_graphs(graphs, nodes=12, per_class=2, values=(3,)):

@@ -2,21 +2,13 @@ import itertools
 
 import pytest
 import torch
+from given import Given
 from torch_geometric.nn.models import GIN
 
+from lit_distill.core.coresets import herding, k_center
 from lit_distill.core.errors import UsageError
 from lit_distill.graph import GraphNetwork, Herding, KCenter
-from lit_distill.graph.data import GraphDataModule, GraphSource
-from lit_distill.graph.methods.coresets import embed, herding, k_center
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs):
-        super().__init__(val_share=0.2, test_share=0.2)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
+from lit_distill.graph.methods.coresets import embed
 
 
 @pytest.fixture

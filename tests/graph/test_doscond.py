@@ -1,26 +1,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from given import Given
 from safetensors.torch import load_file
 from torch import nn
 from torch_geometric.nn.models import GAT, GCN, GIN
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.networks import redraw
 from lit_distill.graph.condensed import CondensedGraphs, SyntheticGraphs, dense
-from lit_distill.graph.data import GraphDataModule, GraphSource
 from lit_distill.graph.methods.doscond import DosCond
 from lit_distill.graph.models import GraphNetwork
-from lit_distill.graph.synthesizer import redraw
 from lit_distill.losses.gradients import gradient_distance
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs, **kwargs):
-        super().__init__(**{"val_share": 0.2, "test_share": 0.2, "batch_size": 10, **kwargs})
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 @pytest.fixture

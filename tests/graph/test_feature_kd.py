@@ -6,18 +6,8 @@ from torch_geometric.nn.models import GIN
 from lit_distill.core import Linear
 from lit_distill.core.errors import UsageError
 from lit_distill.graph import DeepSets, GraphNetwork
-from lit_distill.graph.data import GraphDataModule, GraphSource
 from lit_distill.graph.distillation import GraphDistiller
 from lit_distill.graph.methods.feature_kd import FeatureKD
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs):
-        super().__init__(val_share=0.2, test_share=0.2, batch_size=100)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 def student(width=4, seed=0, **kwargs):
@@ -28,13 +18,6 @@ def student(width=4, seed=0, **kwargs):
 def teacher(width=8, seed=1, **kwargs):
     torch.manual_seed(seed)
     return GraphNetwork(GIN(width, width, 2, norm="batch_norm"), [3], 2, **kwargs)
-
-
-@pytest.fixture
-def data(random_set):
-    data = Given(random_set(count=40))
-    data.setup()
-    return data
 
 
 def readouts(network, data):

@@ -4,24 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from given import Given
 from sklearn.preprocessing import KBinsDiscretizer
 
 from lit_distill.core.errors import RunError, UsageError
-from lit_distill.graph.data import GraphDataModule, GraphSource, SolubilityDataModule, TUDataModule
+from lit_distill.graph.data import SolubilityDataModule, TUDataModule
 from lit_distill.graph.data.molecules import BONDS, ELEMENTS, molecule_graphs
 
 SHARED = Path(__file__).parents[3] / "shared/data/tu"
-
-
-class Given(GraphDataModule):
-    """A module over graphs that a test has made."""
-
-    def __init__(self, graphs, classes=("a", "b"), split=None, attributes=None, **kwargs):
-        super().__init__(**kwargs)
-        self.source = GraphSource(classes, graphs, split, attributes)
-
-    def read(self):
-        return self.source
 
 
 def write_tu(folder, name="TOY", node_labels=True, edge_labels=True, attributes=False):

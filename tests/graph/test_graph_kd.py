@@ -7,16 +7,6 @@ from torch_geometric.nn.models import GIN
 from lit_distill.core import Linear
 from lit_distill.core.errors import UsageError
 from lit_distill.graph import KD, DeepSets, GraphNetwork
-from lit_distill.graph.data import GraphDataModule, GraphSource
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs):
-        super().__init__(val_share=0.2, test_share=0.2, batch_size=100)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 def gin(seed=0, **kwargs):
@@ -24,16 +14,10 @@ def gin(seed=0, **kwargs):
     return GraphNetwork(GIN(8, 8, 2, **kwargs), [3], 2)
 
 
-@pytest.fixture
-def data(random_set):
-    return Given(random_set(count=40))
-
-
 def test_terms_are_those_of_the_formula_and_the_teacher_stays_as_it_was(trainer, data):
     student, teacher = gin(), gin(1, norm="batch_norm")
     module = KD(student, teacher, temperature=3.0, kd_weight=0.7, label_weight=0.2)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    data.setup()
     batch = data.part("train").batch(torch.arange(data.part_size("train")))
     with torch.no_grad():
         z_s, z_t = gin()(batch).double().numpy(), teacher.eval()(batch).double().numpy()

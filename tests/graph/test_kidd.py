@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from given import Given
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import accuracy_score
@@ -10,20 +11,10 @@ from torch_geometric.utils import to_dense_adj
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph.condensed import CondensedGraphs
-from lit_distill.graph.data import GraphDataModule, GraphSource
 from lit_distill.graph.graphs import join
 from lit_distill.graph.lite_gntk import dense_points, lite_gntk
 from lit_distill.graph.methods.kidd import KiDD
 from lit_distill.graph.models import GraphNetwork
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs, **kwargs):
-        super().__init__(**{"val_share": 0.2, "test_share": 0.2, "batch_size": 10, **kwargs})
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 @pytest.fixture

@@ -6,29 +6,12 @@ from torch_geometric.nn.models import GIN
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph import DeepSets, GraphNetwork
-from lit_distill.graph.data import GraphDataModule, GraphSource
 from lit_distill.graph.methods.lsp import LSP
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs):
-        super().__init__(val_share=0.2, test_share=0.2, batch_size=100)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 def network(seed=0, width=6, kind=GIN):
     torch.manual_seed(seed)
     return GraphNetwork(kind(width, width, 2), [3], 2)
-
-
-@pytest.fixture
-def data(random_set):
-    data = Given(random_set(count=40))
-    data.setup()
-    return data
 
 
 def structures(own, batch, sigma):

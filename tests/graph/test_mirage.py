@@ -5,59 +5,25 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from given import Given, distilled, trees_by_hand, written
 from torch_geometric.nn.models import GAT, GIN, GraphSAGE
 
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.graph import mirage
 from lit_distill.graph.classifier import GraphClassifier
-from lit_distill.graph.data import DistilledGraphs, GraphDataModule, GraphSource
+from lit_distill.graph.data import DistilledGraphs
 from lit_distill.graph.distilled import DistilledTrees
 from lit_distill.graph.methods.mirage import Mirage
-from lit_distill.graph.mirage import _interned, distil
+from lit_distill.graph.mirage import _interned
 from lit_distill.graph.models import GraphNetwork
 from lit_distill.graph.trees import computation_trees
 
 
-class Given(GraphDataModule):
-    def __init__(self, graphs, classes=("a", "b"), split=None, **kwargs):
-        super().__init__(**kwargs)
-        self.given = GraphSource(classes, graphs, split)
-
-    def read(self):
-        return self.given
-
-
-def distilled(graphs, threshold=(0.2, 0.2), depth=1, classes=("a", "b"), **kwargs):
-    values = tuple((graphs.nodes.amax(0) + 1).tolist())
-    kinds = tuple((graphs.edges.amax(0) + 1).tolist())
-    return distil(graphs, classes, depth=depth, threshold=threshold, node_values=values, edge_values=kinds, **kwargs)
-
-
-def written(tree, found):
-    """A tree of a distilled set as nested tuples of features."""
-    first, last = found.tree_start[tree : tree + 2].tolist()
-
-    def build(place):
-        children = [node for node in range(first, last) if int(found.parent[node]) == place]
-        below = sorted((tuple(found.edges[node].tolist()), build(node - first)) for node in children)
-        return tuple(found.nodes[first + place].tolist()), tuple(below)
-
-    return build(0)
-
-
 def expected(graphs, number, least, depth):
     """Frequent itemsets of a class by the definition: nested tuples, every subset counted."""
-    neighbors = {node: [] for node in range(len(graphs.nodes))}
-    for edge, (source, target) in enumerate(graphs.edge_index.T.tolist()):
-        neighbors[target].append((tuple(graphs.edges[edge].tolist()), source))
-
-    def tree(node, left):
-        children = sorted((kind, tree(u, left - 1)) for kind, u in neighbors[node]) if left else []
-        return tuple(graphs.nodes[node].tolist()), tuple(children)
-
-    owner = graphs.graph().tolist()
+    trees, owner = trees_by_hand(graphs, depth), graphs.graph().tolist()
     transactions = [
-        {tree(node, depth) for node in neighbors if owner[node] == graph}
+        {tree for tree, own in zip(trees, owner, strict=True) if own == graph}
         for graph in range(graphs.size)
         if int(graphs.labels[graph]) == number
     ]
@@ -78,7 +44,7 @@ def test_it_keeps_the_frequent_sets_of_trees_of_each_class(random_set, kinds):
     found = distilled(graphs, (0.5, 3, 0.4), classes=("a", "b", "c"))
     for number, least in enumerate((4, 3, 4)):  # of 8 graphs each; 3.2 is rounded up
         own = {
-            frozenset(written(tree, found) for tree in found.member[first:last].tolist()): support
+            frozenset(written(found, tree) for tree in found.member[first:last].tolist()): support
             for first, last, label, support in zip(
                 found.set_start[:-1].tolist(),
                 found.set_start[1:].tolist(),
@@ -171,7 +137,7 @@ def test_several_node_features_are_one_label(make_set):
     other = ([(1, 1), (1, 0)], [(0, 1)], None)
     graphs = make_set([pair, pair, other, other], [0, 0, 1, 1], columns=2)
     found = distilled(graphs, (2, 2))
-    trees = {written(tree, found) for tree in range(len(found.tree_start) - 1)}
+    trees = {written(found, tree) for tree in range(len(found.tree_start) - 1)}
     assert ((0, 1), (((), ((1, 0), ())),)) in trees
     assert found.nodes.shape[1] == 2
 
@@ -182,7 +148,7 @@ def test_exclusive_leaves_out_what_two_classes_share(random_set):
 
     def sets(found):
         bounds = zip(found.set_start[:-1].tolist(), found.set_start[1:].tolist(), found.labels.tolist(), strict=True)
-        return [(label, frozenset(written(t, found) for t in found.member[a:b].tolist())) for a, b, label in bounds]
+        return [(label, frozenset(written(found, t) for t in found.member[a:b].tolist())) for a, b, label in bounds]
 
     both = {trees for label, trees in sets(every) if label == 0} & {trees for label, trees in sets(every) if label == 1}
     assert both
@@ -232,7 +198,7 @@ def gin(layers=1, values=2, **kwargs):
 
 def source(random_set, **kwargs):
     graphs = random_set(count=60, nodes=6, labels=2, density=0.3)
-    return Given(graphs, val_share=0.2, test_share=0.2, **kwargs)
+    return Given(graphs, **kwargs)
 
 
 def test_a_student_trains_on_trees_and_is_tested_on_graphs(random_set, trainer):

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from given import Given
 from torch_geometric.nn.models import GAT, GCN, GIN
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph.classifier import GraphClassifier
-from lit_distill.graph.data import DistilledGraphs, GraphDataModule, GraphSource
+from lit_distill.graph.data import DistilledGraphs
 from lit_distill.graph.methods.mirage import Mirage
 from lit_distill.graph.methods.random_subset import RandomSubset
 from lit_distill.graph.models import GraphNetwork
@@ -16,20 +17,11 @@ from lit_distill.graph.models import GraphNetwork
 ATOM, PAIR, SALT = ([0], [], None), ([0, 1], [(0, 1)], None), ([1, 0, 1], [(1, 2)], None)
 
 
-class Given(GraphDataModule):
-    def __init__(self, graphs, split, **kwargs):
-        super().__init__(**kwargs)
-        self.given = GraphSource(("a", "b"), graphs, split)
-
-    def read(self):
-        return self.given
-
-
 def halves(graphs, labels, make_set, **kwargs):
     """A set whose second half is for testing."""
     half = len(graphs) // 2
     split = {"train": torch.arange(half), "test": torch.arange(half, 2 * half)}
-    return Given(make_set(graphs, labels, **kwargs), split)
+    return Given(make_set(graphs, labels, **kwargs), split=split)
 
 
 @pytest.mark.parametrize("gnn", [GIN, GAT, GCN], ids=["GIN", "GAT", "GCN"])
@@ -130,10 +122,10 @@ def test_degrees_of_another_training_part_are_not_joined_with_a_set(make_set, tm
     star, path = ([[]] * 5, [(0, v) for v in range(1, 5)], None), ([[]] * 3, [(0, 1), (1, 2)], None)
     graphs = make_set([path, path, path, path, star, star], [0, 1, 0, 1, 0, 1], columns=0)
     few = {"train": torch.arange(4), "test": torch.tensor([4, 5])}
-    made = Mirage(Given(graphs, few), depth=1, threshold=2)
+    made = Mirage(Given(graphs, split=few), depth=1, threshold=2)
     made.setup()
     assert made.node_values == (3,)
     made.distilled.save(tmp_path)
     every = {"train": torch.arange(6), "test": torch.tensor([0])}
     with pytest.raises(UsageError, match=r"node_values \[3\], data\.source has \[5\]"):
-        DistilledGraphs(tmp_path, Given(graphs, every)).setup()
+        DistilledGraphs(tmp_path, Given(graphs, split=every)).setup()

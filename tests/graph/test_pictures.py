@@ -7,13 +7,13 @@ from xml.etree import ElementTree as Xml
 import numpy as np
 import pytest
 import torch
+from given import Given, distilled, trees_by_hand, written
 from torch_geometric.nn.models import GIN
 
 from lit_distill.graph.classifier import GraphClassifier
-from lit_distill.graph.data import DistilledGraphs, GraphDataModule, GraphSource
+from lit_distill.graph.data import DistilledGraphs
 from lit_distill.graph.data.molecules import BONDS, ELEMENTS, molecule_graphs
 from lit_distill.graph.methods.mirage import Mirage
-from lit_distill.graph.mirage import distil
 from lit_distill.graph.models import GraphNetwork
 from lit_distill.graph.pictures import (
     FILE,
@@ -30,25 +30,6 @@ from lit_distill.graph.pictures import (
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def distilled(graphs, threshold, depth=1, classes=("a", "b"), **kwargs):
-    values = tuple((graphs.nodes.amax(0) + 1).tolist())
-    kinds = tuple((graphs.edges.amax(0) + 1).tolist())
-    return distil(graphs, classes, depth=depth, threshold=threshold, node_values=values, edge_values=kinds, **kwargs)
-
-
-def trees_by_hand(graphs, depth):
-    """The tree of every node, as nested tuples, by the definition."""
-    neighbors = {node: [] for node in range(len(graphs.nodes))}
-    for edge, (source, target) in enumerate(graphs.edge_index.T.tolist()):
-        neighbors[target].append((tuple(graphs.edges[edge].tolist()), source))
-
-    def tree(node, left):
-        children = sorted((kind, tree(u, left - 1)) for kind, u in neighbors[node]) if left else []
-        return tuple(graphs.nodes[node].tolist()), tuple(children)
-
-    return [tree(node, depth) for node in neighbors]
-
-
 def supports_by_hand(graphs, depth, classes=2):
     """Class -> tree -> number of its graphs that have it."""
     counts = [{} for _ in range(classes)]
@@ -58,18 +39,6 @@ def supports_by_hand(graphs, depth, classes=2):
             of_class = counts[int(graphs.labels[graph])]
             of_class[tree] = of_class.get(tree, 0) + 1
     return counts
-
-
-def written(found, tree):
-    """A tree of a distilled set as nested tuples."""
-    first, last = found.tree_start[tree : tree + 2].tolist()
-
-    def build(place):
-        children = [node for node in range(first, last) if int(found.parent[node]) == place]
-        below = sorted((tuple(found.edges[node].tolist()), build(node - first)) for node in children)
-        return tuple(found.nodes[first + place].tolist()), tuple(below)
-
-    return build(0)
 
 
 def texts(svg):
@@ -308,18 +277,9 @@ def test_a_ring_of_six_is_a_regular_hexagon():
 # ---- in a run --------------------------------------------------------------------------------------------------------
 
 
-class Given(GraphDataModule):
-    def __init__(self, graphs, **kwargs):
-        super().__init__(**kwargs)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
-
-
 @pytest.fixture
 def given(random_set):
-    return lambda: Given(random_set(count=60, nodes=6, labels=2, density=0.3), val_share=0.2, test_share=0.2)
+    return lambda: Given(random_set(count=60, nodes=6, labels=2, density=0.3))
 
 
 def test_a_run_keeps_the_picture_beside_the_set_and_tells_the_dashboard(given, trainer, tmp_path):

@@ -1,19 +1,10 @@
 import pytest
 import torch
+from given import Given
 
 from lit_distill.core.errors import UsageError
-from lit_distill.graph.data import GraphDataModule, GraphSource
 from lit_distill.graph.data.subset import within_budget
 from lit_distill.graph.methods.random_subset import RandomSubset
-
-
-class Given(GraphDataModule):
-    def __init__(self, graphs, **kwargs):
-        super().__init__(val_share=0.2, test_share=0.2, **kwargs)
-        self.given = GraphSource(("a", "b"), graphs)
-
-    def read(self):
-        return self.given
 
 
 def test_as_many_graphs_of_each_class_and_others_for_another_seed(random_set):

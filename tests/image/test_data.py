@@ -607,7 +607,7 @@ def test_folder_says_what_it_holds_before_training(folder):
 
 def test_folder_batches_know_their_samples(folder):
     data = make_folder_module(folder)
-    labels = [label for _, label in data.samples("train")]
+    labels = data.train_labels().tolist()
     batches = list(data.train_dataloader())
     assert sorted(i for batch in batches for i in batch.index.tolist()) == list(range(16))
     for batch in batches:
@@ -621,7 +621,7 @@ def test_folder_evaluation_resizes_and_takes_the_centre(folder):
     data = make_folder_module(folder, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     batch = next(iter(data.val_dataloader()))
     assert batch.index.tolist() == list(range(6))
-    for (path, _), found in zip(data.samples("val"), batch.images, strict=True):
+    for path, found in zip(data.part("val").paths, batch.images, strict=True):
         image = Image.open(path).resize((20 * 9 // 14, 9), Image.Resampling.BILINEAR)  # the shorter side: 8 * 8 // 7
         expected = TF.to_dtype(TF.center_crop(TF.pil_to_tensor(image), [8, 8]), torch.float32, scale=True)
         torch.testing.assert_close(found, (expected - 0.5) / 0.25)
@@ -672,7 +672,7 @@ def test_folder_loading_leaves_the_global_random_stream_alone(folder):
 
 def test_folder_subset_holds_all_classes(folder):
     data = make_folder_module(folder, train_size=6)
-    assert sorted(label for _, label in data.samples("train")) == [0] * 3 + [1] * 3
+    assert sorted(data.train_labels().tolist()) == [0] * 3 + [1] * 3
     assert data.part_size("val") == 6
 
 
@@ -686,11 +686,9 @@ def test_annotated_validation_folder_is_read(folder):
         "2.png\tant\t0\t0\t9\t9\n0.png\tbee\t0\t0\t9\t9\n1.png\tbee\t0\t0\t9\t9\n"
     )
     data = make_folder_module(folder)
-    assert [(Path(path).name, label) for path, label in data.samples("val")] == [
-        ("2.png", 0),
-        ("0.png", 1),
-        ("1.png", 1),
-    ]
+    paths, labels = data.part("val")
+    assert [Path(path).name for path in paths] == ["2.png", "0.png", "1.png"]
+    assert labels.tolist() == [0, 1, 1]
     (batch,) = data.val_dataloader()
     assert batch.labels.tolist() == [0, 1, 1]
 

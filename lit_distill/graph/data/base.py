@@ -34,7 +34,7 @@ class GraphSource(NamedTuple):
     edge_values: tuple[int, ...] | None = None
 
 
-class GraphDataModule(EpochDataModule):
+class GraphDataModule(EpochDataModule[GraphSet]):
     """Base of the graph data modules: a subclass says what the data are (`read`), this class splits and serves them.
 
     Training, validation and test graphs have the same share of every class, unless the set has a split of its own.
@@ -80,20 +80,17 @@ class GraphDataModule(EpochDataModule):
         self.val_share = val_share
         self.test_share = test_share
         self.bins = bins
-        self._parts: dict[str, GraphSet] = {}
 
     @abstractmethod
     def read(self) -> GraphSource:
         """Reads the set."""
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads, checks and splits the graphs, once.
+    def read_parts(self) -> dict[str, GraphSet]:
+        """Reads, checks and splits the graphs.
 
         Raises:
             UsageError: The graphs are not what the module expects, or too few for the shares asked for.
         """
-        if self._parts:
-            return
         source = self.read()
         graphs = source.graphs
         _check(source)
@@ -119,8 +116,9 @@ class GraphDataModule(EpochDataModule):
         known = source.node_values or ()
         self.node_values = known + _values(graphs.nodes)[len(known) :]  # behind them, bins
         self.edge_values = source.edge_values or _values(graphs.edges)
-        self._parts = {name: graphs.take(index) for name, index in split.items() if len(index)}
-        _check_training(self._parts["train"], self.classes)
+        parts = {name: graphs.take(index) for name, index in split.items() if len(index)}
+        _check_training(parts["train"], self.classes)
+        return parts
 
     def _split(self, labels: Int[Tensor, " g"]) -> dict[str, Int[Tensor, " n"]]:
         order = stratified_order(labels, self.split_seed)
@@ -129,33 +127,14 @@ class GraphDataModule(EpochDataModule):
             raise UsageError(f"data: {len(labels)} graphs are too few to split; lower data.val_share, data.test_share")
         return {"test": order[:test], "val": order[test : test + val], "train": order[test + val :]}
 
-    def has_part(self, part: str) -> bool:
-        """Says whether there is such a part."""
-        self.setup()
-        return part in self._parts
-
-    def part_size(self, part: str) -> int:
-        """Returns the number of graphs in a part."""
-        return self.part(part).size
-
-    def part(self, name: str) -> GraphSet:
-        """Returns the graphs of "train", "val" or "test".
-
-        Raises:
-            UsageError: There is no such part.
-        """
-        if not self.has_part(name):
-            raise UsageError(f"data.{name}_share: it is 0, so there is no such part; give a share of the graphs")
-        return self._parts[name]
+    def no_part(self, name: str) -> str:
+        """Returns what a user is told who asks for a part that there is not."""
+        return f"data.{name}_share: it is 0, so there is no such part; give a share of the graphs"
 
     def footprint(self) -> dict[str, int]:
         """Counts what the training set weighs: "bytes" to keep it, "bytes_expanded" as it is trained on."""
         size = self.part("train").stored_bytes()
         return {"bytes": size, "bytes_expanded": size}
-
-    def train_labels(self) -> Int[Tensor, " n"]:
-        """Returns the classes of the training graphs."""
-        return self.part("train").labels
 
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""

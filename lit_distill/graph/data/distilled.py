@@ -43,17 +43,14 @@ class ReplacedTraining(GraphDataModule):
     def replace(self) -> GraphSet:
         """Makes the training graphs from those of the source."""
 
-    def setup(self, stage: str | None = None) -> None:
-        """Sets the source up, and makes the training graphs, once."""
-        if self._parts:
-            return
-        self.source.setup(stage)
+    def read_parts(self) -> dict[str, GraphSet]:
+        """Sets the source up, and makes the training graphs."""
+        self.source.setup()
         self.classes, self.num_classes = self.source.classes, self.source.num_classes
         self.node_values, self.edge_values = self.source.node_values, self.source.edge_values
         self.node_names, self.edge_names = self.source.node_names, self.source.edge_names
-        train = self.replace()
-        self._parts = {name: self.source.part(name) for name in ("val", "test") if self.source.has_part(name)}
-        self._parts["train"] = train
+        real = {name: self.source.part(name) for name in ("val", "test") if self.source.has_part(name)}
+        return {**real, "train": self.replace()}
 
 
 class TreesModule(ReplacedTraining):

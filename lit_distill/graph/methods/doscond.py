@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.networks import redraw
 from lit_distill.core.reference import Reference
 from lit_distill.graph.condensed import annealed_temperature
 from lit_distill.graph.graphs import GraphBatch, GraphSet
-from lit_distill.graph.synthesizer import GraphSynthesizer, redraw
+from lit_distill.graph.synthesizer import GraphSynthesizer
 from lit_distill.losses.gradients import Metric, gradient_distance
 
 

@@ -8,13 +8,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.reference import Reference
+from lit_distill.core.synthesis import DISTILLED
 from lit_distill.graph.data.base import GraphDataModule
 from lit_distill.graph.data.distilled import TreesModule
 from lit_distill.graph.distilled import DistilledTrees
 from lit_distill.graph.itemsets import Kind
 from lit_distill.graph.mirage import distil
-
-FOLDER = "distilled"
 
 
 class Mirage(TreesModule):
@@ -86,7 +85,7 @@ class Mirage(TreesModule):
             self._check_depth(trainer.lightning_module)
             folder = trainer.log_dir if trainer.training else None  # asked by all processes: one tells the others
             if folder and trainer.is_global_zero:
-                distilled.save(Path(folder) / FOLDER)
+                distilled.save(Path(folder) / DISTILLED)
         return distilled
 
     def _check_depth(self, module: Any) -> None:

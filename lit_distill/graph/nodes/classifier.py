@@ -35,6 +35,7 @@ class NodeClassifier(Distiller):
         kwargs: See `Distiller`.
     """
 
+    asks_data: ClassVar[str] = "node methods ask the data module for num_classes and num_features"
     train_part: ClassVar[str] = "train"
 
     def __init__(self, student: nn.Module, **kwargs: Any) -> None:
@@ -77,9 +78,7 @@ class NodeClassifier(Distiller):
         self.transductive.update(hits, weight=(~batch.unseen).float())
         self.inductive.update(hits, weight=batch.unseen.float())
         if self.teacher is not None:
-            teacher, size = node_logits(self.teacher, batch).argmax(1), len(batch.labels)
-            self.log("test/teacher_acc", (teacher == batch.labels).float().mean(), batch_size=size, sync_dist=True)
-            self.log("test/agreement", (teacher == logits.argmax(1)).float().mean(), batch_size=size, sync_dist=True)
+            self._log_teacher(node_logits(self.teacher, batch), logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/*`, and keeps the reliability bins."""
@@ -98,16 +97,6 @@ class NodeClassifier(Distiller):
         """Returns the node's number, label and class probabilities."""
         probabilities = node_logits(self.student, batch).softmax(1)
         return {"index": batch.index, "label": batch.labels, "probabilities": probabilities}
-
-    def _log_metrics(self, metrics: Any) -> None:
-        self.log_dict(metrics.compute(), sync_dist=True)
-        metrics.reset()
-
-    def _data(self) -> Any:
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            raise UsageError("data is missing; node methods ask the data module for num_classes and num_features")
-        return data
 
 
 def reads_edges(network: nn.Module) -> bool:

@@ -82,7 +82,7 @@ class NodeSource(NamedTuple):
     split: dict[str, Int[Tensor, " k"]] | None = None
 
 
-class NodeDataModule(EpochDataModule):
+class NodeDataModule(EpochDataModule[NodePart]):
     """Base of the node data modules: a subclass says what the graph is (`read`), this class splits and serves it.
 
     Two protocols. Transductive (`unseen_share: 0`): features and edges of all nodes are there in training, labels of
@@ -140,20 +140,17 @@ class NodeDataModule(EpochDataModule):
         self.labels_per_class = labels_per_class
         self.val_per_class = val_per_class
         self.unseen_share = unseen_share
-        self._parts: dict[str, NodePart] = {}
 
     @abstractmethod
     def read(self) -> NodeSource:
         """Reads the graph."""
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads, checks and splits the graph, and hides nodes, once.
+    def read_parts(self) -> dict[str, NodePart]:
+        """Reads, checks and splits the graph, and hides nodes. There is also a part "visible", see `train_part`.
 
         Raises:
             UsageError: The graph is not what the module expects, or has too few nodes for the split asked for.
         """
-        if self._parts:
-            return
         source = self.read()
         _check(source)
         split = self._split(source)
@@ -181,11 +178,12 @@ class NodeDataModule(EpochDataModule):
             return NodePart(labels[index], place[index], graph, unseen[index], index)
 
         visible = (~unseen).nonzero()[:, 0]
-        self._parts = {"visible": nodes(visible, known, self.observed, place)}
+        parts = {"visible": nodes(visible, known, self.observed, place)}
         for name, index in split.items():
             if len(index):
                 views = (both, place_in_both) if name == "test" else (self.observed, place)
-                self._parts[name] = nodes(index, source.labels, *views)
+                parts[name] = nodes(index, source.labels, *views)
+        return parts
 
     def _split(self, source: NodeSource) -> dict[str, Tensor]:
         if source.split is None or self.labels_per_class is not None:
@@ -201,28 +199,9 @@ class NodeDataModule(EpochDataModule):
             split["train"] = train[stratified_order(source.labels[train], self.split_seed)][: self.train_size]
         return split
 
-    def has_part(self, part: str) -> bool:
-        """Says whether there is such a part."""
-        self.setup()
-        return part in self._parts
-
-    def part_size(self, part: str) -> int:
-        """Returns the number of nodes in a part."""
-        return len(self.part(part).labels)
-
-    def part(self, name: str) -> NodePart:
-        """Returns the nodes of "train", "val", "test", or "visible".
-
-        Raises:
-            UsageError: There is no such part.
-        """
-        if not self.has_part(name):
-            raise UsageError(f"data: the graph has no {name} nodes; set data.labels_per_class to draw a split")
-        return self._parts[name]
-
-    def train_labels(self) -> Int[Tensor, " n"]:
-        """Returns the classes of the labelled nodes."""
-        return self.part("train").labels
+    def no_part(self, name: str) -> str:
+        """Returns what a user is told who asks for a part that there is not."""
+        return f"data: the graph has no {name} nodes; set data.labels_per_class to draw a split"
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled batches of labelled nodes, or of all visible ones, see `train_part`."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lit_distill.core.data import EpochDataModule
+from lit_distill.core.data import EpochDataModule, Part
 
 
 class ImageBatch(NamedTuple):
@@ -17,15 +17,17 @@ class ImageBatch(NamedTuple):
         labels: (b,) int64 class numbers.
         index: (b,) int64 positions in the data set part (training, validation or test) that the batch is from.
         strong: A second, strongly augmented view of the images, where `strong_view` asks for it.
+        targets: (b, k) logits to learn, where the data have soft labels.
     """
 
     images: Float[Tensor, "b c h w"]
     labels: Int[Tensor, " b"]
     index: Int[Tensor, " b"]  # type: ignore[assignment]  # tuple has a method of this name; nobody searches a batch
     strong: Float[Tensor, "b c h w"] | None = None
+    targets: Float[Tensor, "b k"] | None = None
 
 
-class ImageDataModule(EpochDataModule):
+class ImageDataModule(EpochDataModule[Part]):
     """Base of the image data modules.
 
     Training batches are shuffled and whole: what is left of an epoch after the last full batch is not used in that
@@ -65,3 +67,7 @@ class ImageDataModule(EpochDataModule):
         super().__init__(root, batch_size, num_workers, seed, train_size, split_seed, eval_batch_size)
         self.augment = augment
         self.strong_view = strong_view
+
+    def no_part(self, name: str) -> str:
+        """Returns what a user is told who asks for a part that there is not."""
+        return f"data.{name}_size: it is 0, so there is no such part; give a number of samples"

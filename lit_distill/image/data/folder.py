@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -21,10 +21,20 @@ from lit_distill.image.augment import IMAGENET_STATISTICS, Normalize
 from lit_distill.image.data.base import ImageBatch, ImageDataModule
 from lit_distill.image.randaugment import RandAugment, mean_color
 
-Samples = list[tuple[str, int]]  # path, label
+
+class LabelledFiles(NamedTuple):
+    """A part of a data set.
+
+    Attributes:
+        paths: Files, n of them.
+        labels: (n,) whole numbers from 0.
+    """
+
+    paths: list[str]
+    labels: Int[Tensor, " n"]
 
 
-class ImageFolderDataModule(ImageDataModule):
+class ImageFolderDataModule(ImageDataModule[LabelledFiles]):
     """Images in folders, one folder a class: `root/train/<class>/...`, `root/val/<class>/...`, and so `root/test`.
 
     `root/val` may also be laid out as in Tiny-ImageNet: `val/images/<file>` and `val/val_annotations.txt`, whose lines
@@ -62,7 +72,6 @@ class ImageFolderDataModule(ImageDataModule):
         if image_size < 1:
             raise UsageError(f"data.image_size: {image_size} is not a number of pixels; give 1 or more")
         self.folder = Path(root).expanduser()
-        self._listed: dict[str, Samples] = {}
         self.sample_shape = (3, image_size, image_size)
         own_mean, own_std = IMAGENET_STATISTICS
         self.normalize = Normalize(tuple(mean or own_mean), tuple(std or own_std))
@@ -83,47 +92,27 @@ class ImageFolderDataModule(ImageDataModule):
         """Number of classes."""
         return len(self.classes)
 
-    def setup(self, stage: str | None = None) -> None:
+    def read_parts(self) -> dict[str, LabelledFiles]:
         """Lists the files.
 
         Raises:
             UsageError: A folder is missing or empty, or classes differ between parts.
         """
-        for part in ("train", "val", "test"):
-            if self.has_part(part):
-                self.samples(part)
+        classes = self.classes
+        folders = {part: self.folder / part for part in ("train", "val", "test")}
+        parts = {part: _list(folder, classes) for part, folder in folders.items() if folder.is_dir()}
+        parts["train"] = self._subset(parts["train"])
+        return {"test": parts["val"], **parts} if "val" in parts else parts
 
-    def has_part(self, part: str) -> bool:
-        """Says whether there is such a part."""
-        return part == "train" or (self.folder / self._folder_of(part)).is_dir()
-
-    def part_size(self, part: str) -> int:
-        """Returns the number of samples in a part."""
-        return len(self.samples(part))
-
-    def samples(self, part: str) -> Samples:
-        """Returns path and label of every image in a part.
-
-        Raises:
-            UsageError: As `setup`.
-        """
-        if not self.has_part(part):
-            raise UsageError(f"data.root: {self.folder} holds no {part}/; add it")
-        name = self._folder_of(part)
-        if name not in self._listed:
-            samples = _list(self.folder / name, self.classes)
-            self._listed[name] = self._subset(samples) if name == "train" else samples
-        return self._listed[name]
-
-    def train_labels(self) -> Int[Tensor, " n"]:
-        """Returns the labels of the training part by sample index."""
-        return torch.tensor([label for _, label in self.samples("train")])
+    def no_part(self, name: str) -> str:
+        """Returns what a user is told who asks for a part that there is not."""
+        return f"data.root: {self.folder} holds no {name}/; add it"
 
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
         return SampleLoader(
             _Files(
-                self.samples(part),
+                self.part(part),
                 self._transform(training),
                 self.run_seed,
                 RandAugment(mean_color(self.normalize)) if training and self.strong_view else None,
@@ -143,23 +132,22 @@ class ImageFolderDataModule(ImageDataModule):
             differently in each epoch.
         """
         digest = hashlib.sha256()
-        for path, label in self.samples("train"):
-            file = Path(path)
+        paths, labels = self.part("train")
+        for file, label in zip(map(Path, paths), labels.tolist(), strict=True):
             digest.update(f"{file.relative_to(self.folder)} {file.stat().st_size} {label}\n".encode())
         transform = f"{self._transform(training=True)} {self.normalize}"
-        samples, random = self.part_size("train"), self.augment or self.strong_view
-        return {"data": digest.hexdigest(), "samples": samples, "transform": transform, "random": random}
+        random = self.augment or self.strong_view
+        return {"data": digest.hexdigest(), "samples": len(paths), "transform": transform, "random": random}
 
-    def _folder_of(self, part: str) -> str:
-        return "val" if part == "test" and not (self.folder / "test").is_dir() else part
-
-    def _subset(self, samples: Samples) -> Samples:
+    def _subset(self, files: LabelledFiles) -> LabelledFiles:
         if self.train_size is None:
-            return samples
-        if self.train_size > len(samples):
-            raise UsageError(f"data.train_size: {self.train_size} is more than the {len(samples)} available; lower it")
-        order = stratified_order(torch.tensor([label for _, label in samples]), self.split_seed)
-        return [samples[position] for position in sorted(order[: self.train_size].tolist())]
+            return files
+        if self.train_size > len(files.paths):
+            raise UsageError(
+                f"data.train_size: {self.train_size} is more than the {len(files.paths)} available; lower it"
+            )
+        chosen = stratified_order(files.labels, self.split_seed)[: self.train_size].sort().values
+        return LabelledFiles([files.paths[position] for position in chosen.tolist()], files.labels[chosen])
 
     def _transform(self, training: bool) -> v2.Transform:
         size = self.sample_shape[1]
@@ -171,18 +159,20 @@ class ImageFolderDataModule(ImageDataModule):
 class _Files(Dataset[tuple[Tensor, int, int, Tensor | None]]):
     """Gives image (3 h w) uint8, label, index and, if wanted, a strong view for the key (epoch, index)."""
 
-    def __init__(self, samples: Samples, transform: v2.Transform, seed: int, strong: RandAugment | None = None) -> None:
-        self.samples = samples
+    def __init__(
+        self, files: LabelledFiles, transform: v2.Transform, seed: int, strong: RandAugment | None = None
+    ) -> None:
+        self.files = files
         self.transform = transform
         self.seed = seed
         self.strong = strong
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.files.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, Tensor | None]:
         epoch, index = key
-        path, label = self.samples[index]
+        path, label = self.files.paths[index], int(self.files.labels[index])
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
@@ -208,21 +198,22 @@ class _Collate:
         return ImageBatch(self.normalize(torch.stack(images)), torch.tensor(labels), torch.tensor(index), second)
 
 
-def _list(folder: Path, classes: tuple[str, ...]) -> Samples:
+def _list(folder: Path, classes: tuple[str, ...]) -> LabelledFiles:
     annotations = folder / "val_annotations.txt"
     if annotations.is_file():
         lines = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
         names = {line[1] if len(line) > 1 else "" for line in lines}
         _compare(folder, classes, names)
-        return [(str(folder / "images" / file), classes.index(name)) for file, name, *_ in lines]
+        labels = torch.tensor([classes.index(name) for _, name, *_ in lines])
+        return LabelledFiles([str(folder / "images" / file) for file, *_ in lines], labels)
     _compare(folder, classes, {path.name for path in folder.iterdir() if path.is_dir()})
     try:
-        samples: Samples = ImageFolder(str(folder)).samples
+        found = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise UsageError(
             f"data.root: {folder}: {str(error).splitlines()[0]}; add images or remove the folder"
         ) from error
-    return samples
+    return LabelledFiles([path for path, _ in found.samples], torch.tensor(found.targets))
 
 
 def _compare(folder: Path, classes: tuple[str, ...], found: set[str]) -> None:

@@ -42,7 +42,7 @@ class ImageSource(NamedTuple):
     test: LabelledImages | None = None
 
 
-class InMemoryImageDataModule(ImageDataModule):
+class InMemoryImageDataModule(ImageDataModule[LabelledImages]):
     """Base of the sets in memory: a subclass says what the data are (`read`), this class splits and serves them.
 
     Validation samples, and test samples where the data set has no test part, are taken out of the pool with the same
@@ -92,7 +92,6 @@ class InMemoryImageDataModule(ImageDataModule):
                 raise UsageError(f"data.{key}: {list(values)} has {len(values)} values; give {self.sample_shape[0]}")
         if min(self.normalize.std) <= 0:
             raise UsageError(f"data.std: {list(self.normalize.std)} must be positive")
-        self._parts: dict[str, LabelledImages] = {}
         self._own_classes = self.num_classes
         self.label_groups = label_groups
         if label_groups is not None:
@@ -103,15 +102,13 @@ class InMemoryImageDataModule(ImageDataModule):
     def read(self) -> ImageSource:
         """Reads the data set."""
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads and splits the data, once.
+    def read_parts(self) -> dict[str, LabelledImages]:
+        """Reads and splits the data.
 
         Raises:
             UsageError: The data are not what the module expects, or too few for the sizes asked for.
             RunError: A file is corrupt.
         """
-        if self._parts:
-            return
         source = self.read()
         for name, part in (("training", source.pool), ("test", source.test)):
             if part is not None:
@@ -146,30 +143,7 @@ class InMemoryImageDataModule(ImageDataModule):
             images, labels = parts["train"]
             noisy = randomize_labels(labels, self.label_noise, self.num_classes, self.split_seed)
             parts["train"] = LabelledImages(images, noisy)
-        self._parts = parts
-
-    def has_part(self, part: str) -> bool:
-        """Says whether there is such a part."""
-        self.setup()
-        return part in self._parts
-
-    def part_size(self, part: str) -> int:
-        """Returns the number of samples in a part."""
-        return len(self.part(part).labels)
-
-    def part(self, name: str) -> LabelledImages:
-        """Returns the images and labels of "train", "val" or "test".
-
-        Raises:
-            UsageError: There is no such part.
-        """
-        if not self.has_part(name):
-            raise UsageError(f"data.{name}_size: it is 0, so there is no such part; give a number of samples")
-        return self._parts[name]
-
-    def train_labels(self) -> Int[Tensor, " n"]:
-        """Returns the labels of the training part by sample index."""
-        return self.part("train").labels
+        return parts
 
     def train_fine_labels(self) -> Int[Tensor, " n"]:
         """Returns the data set's own labels of the training part, before `label_groups` and `label_noise`."""

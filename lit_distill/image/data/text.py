@@ -40,7 +40,7 @@ class LabelledFeatures(NamedTuple):
     labels: Int[Tensor, " n"]
 
 
-class TextFeaturesDataModule(ImageDataModule):
+class TextFeaturesDataModule(ImageDataModule[LabelledFeatures]):
     """Texts with labels: TF-IDF of words and word pairs, and sentence embeddings of a pretrained encoder, side by side.
 
     A sample is an image of one pixel, whose channels are the features: first `vocabulary` TF-IDF values (fitted to the
@@ -95,7 +95,6 @@ class TextFeaturesDataModule(ImageDataModule):
         self.encoder = encoder
         self.cache = Path(cache).expanduser()
         self.sample_shape = (vocabulary + _WIDTHS[encoder], 1, 1)
-        self._parts: dict[str, LabelledFeatures] = {}
 
     def prepare_data(self) -> None:
         """Computes the embeddings, in one process a machine."""
@@ -103,15 +102,13 @@ class TextFeaturesDataModule(ImageDataModule):
             for name in filter(None, self.files.values()):
                 self._embeddings(self._read(name)[0])
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads and splits the texts, and computes their features, once.
+    def read_parts(self) -> dict[str, LabelledFeatures]:
+        """Reads and splits the texts, and computes their features.
 
         Raises:
             UsageError: A file is missing or has no such fields, or there are too few texts for the sizes asked for.
             RunError: A file is corrupt.
         """
-        if self._parts:
-            return
         assert self.files["pool"] is not None
         texts, names = self._read(self.files["pool"])
         self.classes = tuple(sorted(set(names)))
@@ -139,30 +136,7 @@ class TextFeaturesDataModule(ImageDataModule):
         if self.files["test"] is not None:
             texts, names = self._read(self.files["test"])
             parts["test"] = LabelledFeatures(self._features(texts, vectorizer), self._numbers(names))
-        self._parts = parts
-
-    def has_part(self, part: str) -> bool:
-        """Says whether there is such a part."""
-        self.setup()
-        return part in self._parts
-
-    def part_size(self, part: str) -> int:
-        """Returns the number of texts in a part."""
-        return len(self.part(part).labels)
-
-    def part(self, name: str) -> LabelledFeatures:
-        """Returns the features and labels of "train", "val" or "test".
-
-        Raises:
-            UsageError: There is no such part.
-        """
-        if not self.has_part(name):
-            raise UsageError(f"data.{name}_size: it is 0, so there is no such part; give a number of samples")
-        return self._parts[name]
-
-    def train_labels(self) -> Int[Tensor, " n"]:
-        """Returns the labels of the training part by sample index."""
-        return self.part("train").labels
+        return parts
 
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
