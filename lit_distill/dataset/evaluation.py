@@ -1,0 +1,261 @@
+"""The evaluation: fresh networks of several kinds, several of each, trained on a set and tested on real images."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_distill.core.errors import UsageError
+from lit_distill.core.loading import derived_seed
+from lit_distill.core.metrics import reliability
+from lit_distill.core.networks import check_redrawable, redraw
+from lit_distill.dataset.scores import augmentation_robust_score, label_robust_score
+from lit_distill.image.data import ImageBatch
+from lit_distill.image.distillation import ImageDistiller
+
+Objective = Literal["kl", "cross_entropy", "mse"]
+RUNS = ("real", "hard", "random", "plain", "random_plain")
+
+
+def soft_label_loss(
+    student_logits: Float[Tensor, "b k"],
+    target_logits: Float[Tensor, "b k"],
+    *,
+    objective: Objective = "kl",
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    r"""Compares a network's logits with soft labels.
+
+    .. math:: \mathrm{KL}\big(\mathrm{softmax}(t / T) \,\Vert\, \mathrm{softmax}(s / T)\big), \qquad
+        -\sum_k \mathrm{softmax}(t)_k \log \mathrm{softmax}(s)_k, \qquad \lVert s - t \rVert^2 / K
+
+    The first has no factor T^2, as in the public codes of this field: at T = 20 its gradients are 400 times smaller
+    than in knowledge distillation, which AdamW hides and SGD does not.
+
+    Args:
+        student_logits: s.
+        target_logits: t.
+        objective: Which of the three.
+        temperature: T, of the first.
+    """
+    student, target = student_logits.float(), target_logits.detach().float()
+    if objective == "mse":
+        return F.mse_loss(student, target)
+    if objective == "cross_entropy":
+        return F.cross_entropy(student, target.softmax(1))
+    log_student, log_target = (logits.div(temperature).log_softmax(1) for logits in (student, target))
+    return F.kl_div(log_student, log_target, reduction="batchmean", log_target=True)
+
+
+class DistilledSetEvaluation(ImageDistiller):
+    r"""Trains fresh networks on a set, of distilled, random, or all images, and tests them on real ones.
+
+    All networks see the same batches and are trained side by side: the sum of their losses has for each the gradient of
+    its own. They differ by the weights they are drawn with. What the set is, and whether labels are soft, is said by
+    the data module; so runs on a distilled set, on random images, and on everything differ by that alone.
+
+    Logged are the mean and the standard deviation over networks, `test/acc` and `test/acc_std` of the student's kind,
+    `test/<name>_acc` of others. Given the runs to compare with, there are also
+
+    - `test/hlr` = acc(`real`) - acc(`hard`): what is lost under hard labels;
+    - `test/ior` = acc - acc(`random`): what is gained over random images with the same labels and recipe;
+    - `test/lrs`, see `label_robust_score`, if both are there;
+    - `test/ars`, see `augmentation_robust_score`, from `random`, `plain` and `random_plain`: the last two are runs on
+      the set and on random images without augmentation, this run and `random` have it.
+
+    Test data pick nothing: the figures are those of the last epoch.
+
+    Args:
+        student: A network; its weights are drawn anew.
+        repeats: Networks of each kind.
+        others: Networks of other kinds, by name: how well the set serves architectures that it was not made with.
+        objective: How soft labels are compared, see `soft_label_loss`.
+        temperature: Its temperature.
+        label_weight: Weight of the cross-entropy on hard labels, beside soft ones; where there are none it is 1.
+        parts: A batch is given to the networks in so many equal parts, whose gradients are averaged, so that batch
+            normalization sees what it saw when the soft labels were made.
+        runs: Folders of runs to compare with, by what they are: real, hard, random, plain, random_plain.
+        kwargs: See `Distiller`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        repeats: int = 5,
+        others: dict[str, nn.Module] | None = None,
+        objective: Objective = "kl",
+        temperature: float = 1.0,
+        label_weight: float = 0.0,
+        parts: int = 1,
+        runs: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, **kwargs)
+        for key, value in {"repeats": repeats, "parts": parts}.items():
+            if value < 1:
+                raise UsageError(f"model.{key} is {value}; give 1 or more")
+        if temperature <= 0:
+            raise UsageError(f"model.temperature is {temperature}; it must be above 0 (usual: 20)")
+        for name in runs or {}:
+            if name not in RUNS:
+                raise UsageError(f"model.runs: there is no '{name}'; known are {', '.join(RUNS)}")
+        for name in others or {}:
+            if not name.isidentifier() or name == "student":
+                raise UsageError(f"model.others: '{name}' is no name for a network; take letters, such as resnet18")
+        self.repeats = repeats
+        self.kinds = {"student": student, **(others or {})}
+        self.objective: Objective = objective
+        self.temperature = temperature
+        self.hard_weight = label_weight
+        self.parts = parts
+        self.runs = dict(runs or {})
+
+    def build(self) -> None:
+        """Makes the networks."""
+        super().build()
+        seed = self._data().run_seed
+        for name, network in self.kinds.items():
+            check_redrawable(network, "student" if name == "student" else f"others.{name}")
+        self.rest = nn.ModuleList(
+            copy.deepcopy(network)
+            for name, network in self.kinds.items()
+            for _ in range(self.repeats - (name == "student"))
+        )
+        for number, network in enumerate(self.networks()):
+            torch.manual_seed(derived_seed("network", seed, number))
+            redraw(network)
+        self.accuracies = nn.ModuleDict(
+            {
+                part: nn.ModuleList(MulticlassAccuracy(self.num_classes, average="micro") for _ in self.networks())
+                for part in ("val", "test")
+            }
+        )
+        self.references = {name: accuracy_of(Path(folder)) for name, folder in self.runs.items()}
+
+    def networks(self) -> list[nn.Module]:
+        """Returns all networks: those of the student's kind, then the others'."""
+        return [self.student, *self.rest]
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Trains all networks on the batch."""
+        networks = self.networks()
+        means = [self.batch_loss(network, batch) for network in networks]
+        # The mean is logged; the sum is what gives each network its own gradient.
+        return len(networks) * self.combine({"match": torch.stack(means).mean()})
+
+    def batch_loss(self, network: nn.Module, batch: ImageBatch) -> Float[Tensor, ""]:
+        """Computes the loss of one network, part by part."""
+        count = min(self.parts, len(batch.labels))
+        targets = [None] * count if batch.targets is None else batch.targets.tensor_split(count)
+        losses = [
+            self.part_loss(network(images).float(), labels, soft) * (len(labels) / len(batch.labels))
+            for images, labels, soft in zip(
+                batch.images.tensor_split(count), batch.labels.tensor_split(count), targets, strict=True
+            )
+        ]
+        return torch.stack(losses).sum()
+
+    def part_loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Float[Tensor, ""]:
+        """Compares logits with soft labels, and with hard ones where there is a weight or nothing else."""
+        if targets is None:
+            return F.cross_entropy(logits, labels)
+        loss = soft_label_loss(logits, targets, objective=self.objective, temperature=self.temperature)
+        return loss + self.hard_weight * F.cross_entropy(logits, labels) if self.hard_weight else loss
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Counts what each network has right."""
+        for network, accuracy in zip(self.networks(), self._accuracies("val"), strict=True):
+            accuracy.update(network(batch.images), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/*`."""
+        self._log_accuracies("val")
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Counts what each network has right; the first one's probabilities are judged, too."""
+        for number, (network, accuracy) in enumerate(zip(self.networks(), self._accuracies("test"), strict=True)):
+            logits = network(batch.images).float()
+            accuracy.update(logits, batch.labels)
+            if number == 0:
+                self.test_metrics.update(logits, batch.labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/*`, with what the training set weighs, and the scores."""
+        self.panels["reliability"] = reliability(self.test_metrics)
+        first = self.test_metrics.compute()
+        self.log_dict({name: value for name, value in first.items() if name != "test/acc"}, sync_dist=True)
+        self.test_metrics.reset()
+        accuracy = self._log_accuracies("test")
+        footprint = getattr(self._data(), "footprint", None)
+        if footprint is not None:
+            for name, value in footprint().items():
+                self.log(f"test/{name}", float(value))
+        for name, value in scores(accuracy, self.references).items():
+            self.log(f"test/{name}", value)
+
+    def on_fit_end(self) -> None:
+        """Lets the data module keep its set, if it made one, in the run's folder."""
+        keep = getattr(self._data(), "keep", None)
+        folder = self.trainer.log_dir  # asked by all processes: one tells the others
+        if keep and folder and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it late
+            keep(Path(folder) / "distilled")
+
+    def _accuracies(self, part: str) -> list[MulticlassAccuracy]:
+        return list(cast(Any, self.accuracies[part]))  # a list of modules hides their type
+
+    def _log_accuracies(self, part: str) -> float:
+        accuracies = self._accuracies(part)
+        values = torch.stack([accuracy.compute() for accuracy in accuracies]).view(len(self.kinds), self.repeats)
+        for accuracy in accuracies:
+            accuracy.reset()
+        for name, row in zip(self.kinds, values, strict=True):
+            name = "" if name == "student" else f"{name}_"
+            self.log(f"{part}/{name}acc", row.mean())
+            if self.repeats > 1:
+                self.log(f"{part}/{name}acc_std", row.std())
+        return float(values[0].mean())
+
+
+def accuracy_of(folder: Path) -> float:
+    """Returns the test accuracy of a finished run, a share.
+
+    Raises:
+        UsageError: There is no such run, or it has no test accuracy.
+    """
+    try:
+        return float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]["test/acc"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"model.runs: {folder} is no finished run with a test accuracy; run it first") from error
+
+
+def scores(accuracy: float, references: Mapping[str, float]) -> dict[str, float]:
+    """Computes the scores that the given runs allow.
+
+    Args:
+        accuracy: Of the set under its own labels and recipe, a share.
+        references: Accuracies of other runs by what they are, see `DistilledSetEvaluation`.
+    """
+    found = {}
+    if "real" in references:
+        found["hlr"] = references["real"] - references.get("hard", accuracy)
+    if "random" in references:
+        found["ior"] = accuracy - references["random"]
+    if len(found) == 2:
+        found["lrs"] = label_robust_score(hard_label_recovery=found["hlr"], improvement_over_random=found["ior"])
+    if {"random", "plain", "random_plain"} <= references.keys():
+        found["ars"] = augmentation_robust_score(
+            with_augmentation=accuracy - references["random"],
+            without_augmentation=references["plain"] - references["random_plain"],
+        )
+    return found

@@ -1,0 +1,79 @@
+"""The network of the data set distillation literature."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lit_distill.core.errors import UsageError
+
+Norm = Literal["instance", "batch", "group", "layer", "none"]
+
+
+def normalization(norm: Norm, channels: int) -> nn.Module:
+    """Builds a normalization layer. Instance and layer normalization are group normalization, with scale and shift."""
+    groups = {"instance": channels, "group": 4, "layer": 1}
+    if norm == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(groups[norm], channels)
+
+
+class DistillationConvNet(nn.Module):
+    """Blocks of 3x3 convolution, normalization, ReLU and 2x2 average pooling; then the flat map and one linear layer.
+
+    "ConvNet-3" of the tables: three blocks of 128 channels. Weights begin as torch draws them. Images of 28 pixels are
+    padded to 32.
+
+    Args:
+        num_classes: Number of classes.
+        width: Channels of each block.
+        depth: Blocks; each halves the grid.
+        norm: Normalization; "batch" where statistics are matched.
+        image_size: Height and width of the images, in pixels.
+        in_channels: Channels of the images.
+
+    Reference: Gidaris, Komodakis, Dynamic Few-Shot Visual Learning without Forgetting, 2018, arXiv 1804.09458; in this
+    form Zhao, Mopuri, Bilen, Dataset Condensation with Gradient Matching, 2020, arXiv 2006.05929.
+    """
+
+    penultimate = "embedding"
+
+    def __init__(
+        self,
+        num_classes: int,
+        width: int = 128,
+        depth: int = 3,
+        norm: Norm = "instance",
+        image_size: int = 32,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        padded = 32 if image_size == 28 else image_size
+        if padded >> depth < 1:
+            raise UsageError(f"depth: {depth} blocks do not fit {image_size} pixels; each halves the grid")
+        self.stages = tuple(f"layer{number}" for number in range(1, depth + 1))
+        channels = in_channels
+        for stage in self.stages:
+            first = stage == self.stages[0]
+            padding = 3 if first and image_size == 28 else 1
+            block = [
+                nn.Conv2d(channels, width, 3, padding=padding),
+                normalization(norm, width),
+                nn.ReLU(inplace=True),
+                nn.AvgPool2d(2),
+            ]
+            self.add_module(stage, nn.Sequential(*block))
+            channels = width
+        self.embedding = nn.Flatten()
+        self.linear = nn.Linear(width * (padded >> depth) ** 2, num_classes)
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """Computes what the linear layer reads."""
+        features = images
+        for stage in self.stages:
+            features = self.get_submodule(stage)(features)
+        return self.embedding(features)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Computes logits."""
+        return self.linear(self.embed(images))
