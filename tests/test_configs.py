@@ -13,11 +13,12 @@ from lit_distill.experiment.launch import DistillCLI
 from lit_distill.experiment.methods import find_methods
 from lit_distill.experiment.recipe import read_recipe
 from lit_distill.graph import GraphNetwork
-from lit_distill.image.models import LeNet, ResNetCIFAR
+from lit_distill.image.models import ConvNet, LeNet, ResNetCIFAR
 
 ROOT = Path(__file__).parents[1]
 NODES = {"glnn", "glnn_small", "nodes_small"}  # nodes of one graph are the samples
-METHODS = sorted(path for domain in ("image", "graph") for path in (ROOT / "configs" / domain).glob("*.yaml"))
+DOMAINS = ("image", "graph", "dataset")
+METHODS = sorted(path for domain in DOMAINS for path in (ROOT / "configs" / domain).glob("*.yaml"))
 RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 SMALL = [path for path in METHODS if path.stem.endswith("_small")]
 CPU = ["-c", str(ROOT / "configs/trainer/cpu.yaml")]
@@ -51,29 +52,55 @@ def teachers(tmp_path_factory):
         {"class_path": "lit_distill.graph.GraphNetwork", "init_args": spec},
         folder / "graph/student",
     )
+    for name, channels in (("digits", 1), ("colors", 3)):  # with batch normalization, and for images of any size
+        spec = {"num_classes": 10, "widths": [8, 16], "in_channels": channels}
+        save_student(
+            ConvNet(**spec).state_dict(),
+            {"class_path": f"{models}.ConvNet", "init_args": spec},
+            folder / name / "student",
+        )
     sage = {"in_channels": 64, "hidden_channels": 8, "num_layers": 2, "out_channels": 10}
     spec = {"class_path": "torch_geometric.nn.models.GraphSAGE", "init_args": sage}
     save_student(GraphSAGE(**sage).state_dict(), spec, folder / "nodes/student")
     return folder
 
 
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory):
+    """The run of one expert on digits."""
+    root = tmp_path_factory.mktemp("experts")
+    config = ["-c", str(ROOT / "configs/dataset/experts_small.yaml"), "--trainer.max_epochs=20"]
+    config += [f"--run.root={root}", "--run.name=x", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *CPU, *config]) == 0
+    return root / "default/x"
+
+
+def weights_for(path):
+    """The untrained teacher that serves a file."""
+    small = path.stem.endswith("_small")
+    if path.parent.name == "dataset":
+        return "digits" if small else "colors"
+    if path.parent.name == "graph":
+        return "nodes" if path.stem in NODES else "graph"
+    return "small" if small else "large"
+
+
+def with_weights(config, weights):
+    """The configuration with other weights for every pretrained network in it."""
+    if isinstance(config, list):
+        return [with_weights(item, weights) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: weights if key == "weights" else with_weights(value, weights) for key, value in config.items()}
+
+
 def words(path, teachers, root):
     if path.parent.name == "graph" and path.stem.endswith("_small"):
         pytest.importorskip("datamol", reason="datamol is not installed (extra 'molecules')")
-    config = yaml.safe_load(path.read_text())
-    chosen = ["fit", *CPU, "-c", str(path), f"--run.root={root}", "--run.name=x", "--trainer.enable_progress_bar=false"]
-    kind = "graph" if path.parent.name == "graph" else "small" if path.stem.endswith("_small") else "large"
-    kind = "nodes" if path.stem in NODES else kind
-    weights = str(teachers / kind)
-    model = config["model"]["init_args"]
-    if "weights" in model.get("teacher", {}).get("init_args", {}):
-        chosen.append(f"--model.init_args.teacher.init_args.weights={weights}")
-    if "network" in config["data"]["init_args"]:
-        chosen.append(f"--data.init_args.network.init_args.weights={weights}")
-    if "teachers" in model:
-        one = {"class_path": "lit_distill.core.pretrained", "init_args": {"weights": weights}}
-        chosen.append(f"--model.init_args.teachers={json.dumps([one, one])}")
-    return chosen
+    config = with_weights(yaml.safe_load(path.read_text()), str(teachers / weights_for(path)))
+    file = root / path.name
+    file.write_text(yaml.safe_dump(config))
+    return ["fit", *CPU, "-c", str(file), f"--run.root={root}", "--run.name=x", "--trainer.enable_progress_bar=false"]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=ids)
@@ -88,9 +115,11 @@ def test_method_config_instantiates(path, teachers, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", SMALL, ids=ids)
-def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_path):
+def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_path, request):
     short = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=3"]
     short.append("--trainer.val_check_interval=1.0")  # runs that count in steps validate by them
+    if "experts" in yaml.safe_load(path.read_text())["model"]["init_args"]:
+        short.append(f"--model.init_args.experts={request.getfixturevalue('experts')}")
     assert main([*words(path, teachers, tmp_path), *short]) == 0
     folder = tmp_path / "default/x"
     summary = json.loads((folder / "summary.json").read_text())

@@ -77,3 +77,32 @@ class DistillationConvNet(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Computes logits."""
         return self.linear(self.embed(images))
+
+
+class SmallImageResNet(nn.Module):
+    """A residual network of torchvision for images of 32 or 64 pixels: its first convolution is 3x3, with no pooling.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_classes: Number of classes.
+
+    Reference: He, Zhang, Ren, Sun, 2015, arXiv 1512.03385; in this form the public codes of SRe2L, RDED and CV-DD.
+    """
+
+    stages = ("network.layer1", "network.layer2", "network.layer3", "network.layer4")
+    penultimate = "network.fc@input"
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        from torchvision import models  # here: the import takes a second
+
+        build = getattr(models, f"resnet{depth}", None)
+        if build is None:
+            raise UsageError(f"depth: there is no ResNet-{depth}; give 18, 34, 50, 101 or 152")
+        self.network = build(num_classes=num_classes)
+        self.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.network.maxpool = nn.Identity()
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Computes logits."""
+        return self.network(images)

@@ -59,7 +59,7 @@ class SiameseAugment:
         """Whether an image comes out differently each time."""
         return bool(self.names)
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Float[Tensor, "b 4"]:
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Float[Tensor, "b k"]:
         """Draws for `count` images, on the CPU: the operation's number, the same for all, and three numbers of each.
 
         For the siamese form draw once (`count` 1): a single row holds for a batch of any size.
@@ -70,7 +70,7 @@ class SiameseAugment:
         uniform[:, 0] = (uniform[0, 0] * len(self.names)).floor()
         return uniform
 
-    def __call__(self, images: Float[Tensor, "b c h w"], draws: Float[Tensor, "b 4"]) -> Float[Tensor, "b c h w"]:
+    def __call__(self, images: Float[Tensor, "b c h w"], draws: Float[Tensor, "#b k"]) -> Float[Tensor, "b c h w"]:
         """Augments.
 
         Args:

@@ -11,8 +11,6 @@ from lit_distill.dataset.siamese import SiameseAugment
 from lit_distill.dataset.synthetic import PICTURE, SyntheticSet, check_classes
 from lit_distill.image.data import ImageBatch, ImageDataModule
 
-DistilledBatch = ImageBatch
-
 
 class ReplacedImages(ImageDataModule[Any]):
     """Base of data modules with few training images; validation and test are those of the source.

@@ -55,20 +55,24 @@ class DistributionMatching(DatasetSynthesizer):
         """Draws a network and real images, and compares means."""
         redraw(self.student)
         self.student.train()
-        pairs = []
-        for number in range(self.num_classes):
-            draws = self.augmentation.draw(1)
-            real = self.augmentation(self.real_images(number, self.real_batch), draws)
-            pairs.append((self.augmentation(self.of_class(number), draws), real))
-        synthetic, real_means = (self.embed_classes(side) for side in zip(*pairs, strict=True))
-        distances = [mean_distance(own, other) for own, other in zip(synthetic, real_means, strict=True)]
+        numbers = list(range(self.num_classes))
+        # One by one where it can be, so that the real images of all classes are not in memory at once.
+        groups = [numbers] if self._joint else [[number] for number in numbers]
+        distances = [distance for group in groups for distance in self.match_classes(group)]
         return self.combine({"match": torch.stack(distances).sum()})
 
-    def embed_classes(self, classes: tuple[Tensor, ...]) -> list[Float[Tensor, "m d"]]:
-        """Embeds the images of each class, together where the network normalizes over the batch."""
-        needed = any(images.requires_grad for images in classes)
-        with torch.set_grad_enabled(needed):
-            if not self._joint:
-                return [self._taps(images)[1][self._embedding] for images in classes]
-            sizes = [len(images) for images in classes]
-            return list(self._taps(torch.cat(classes))[1][self._embedding].split(sizes))
+    def match_classes(self, numbers: list[int]) -> list[Float[Tensor, ""]]:
+        """Compares the means of some classes, which the network sees together."""
+        synthetic, real = [], []
+        for number in numbers:
+            draws = self.augmentation.draw(1)
+            real.append(self.augmentation(self.real_images(number, self.real_batch), draws))
+            synthetic.append(self.augmentation(self.of_class(number), draws))
+        with torch.no_grad():
+            targets = self.embed_classes(real)
+        return [mean_distance(own, other) for own, other in zip(self.embed_classes(synthetic), targets, strict=True)]
+
+    def embed_classes(self, classes: list[Tensor]) -> list[Float[Tensor, "m d"]]:
+        """Embeds the images of some classes in one forward pass."""
+        images = torch.cat(classes) if len(classes) > 1 else classes[0]
+        return list(self._taps(images)[1][self._embedding].split([len(own) for own in classes]))
