@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_distill.core.errors import UsageError
@@ -70,6 +71,7 @@ class DistilledSetEvaluation(ImageDistiller):
     - `test/ars`, see `augmentation_robust_score`, from `random`, `plain` and `random_plain`: the last two are runs on
       the set and on random images without augmentation, this run and `random` have it.
 
+    Where the set has a learning rate that was learned with it (`SyntheticSet.lr`), it takes the place of the optimizer's.
     Test data pick nothing: the figures are those of the last epoch.
 
     Args:
@@ -144,6 +146,17 @@ class DistilledSetEvaluation(ImageDistiller):
         return [self.student, *self.rest]
 
     # ---- training --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer for all networks, at the learning rate that the set has learned, if it has."""
+        return self.optimizer_with_schedule(self.trainable(), self._optimizer_of_set)
+
+    def _optimizer_of_set(self, parameters: Any) -> Optimizer:
+        optimizer = self.optimizer(parameters)
+        learned = getattr(getattr(self._data(), "distilled", None), "lr", None)
+        for group in optimizer.param_groups if learned is not None else ():
+            group["lr"] = learned
+        return optimizer
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Trains all networks on the batch."""

@@ -1,6 +1,7 @@
 """Several networks side by side are several networks: each learns what it would have learned alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_distill.core.errors import UsageError
-from lit_distill.dataset import DistilledSetEvaluation, RandomSubset
+from lit_distill.dataset import DistilledImages, DistilledSetEvaluation, RandomSubset
 from lit_distill.dataset.evaluation import soft_label_loss
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.models import MLP
@@ -114,6 +115,23 @@ def test_hard_labels_beside_soft_ones(data, small_net, trainer):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("learned", "expected"), [(None, 0.05), (0.3, 0.3)])
+def test_a_learned_rate_is_taken_and_scheduled(learned, expected, data, digits, small_net, trainer, tmp_path):
+    source = data()
+    source.setup()
+    replace(source.distilled, lr=learned).save(tmp_path)
+    module = DistilledSetEvaluation(
+        small_net(),
+        repeats=1,
+        optimizer=sgd,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1]),
+    )
+    fit = trainer(max_epochs=2)
+    fit.fit(module, datamodule=DistilledImages(str(tmp_path), digits()))
+    assert fit.optimizers[0].param_groups[0]["initial_lr"] == expected
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected / 10)
+
+
 def test_soft_label_loss_by_hand():
     student = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, 1.0]], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[0.3, 0.1, -2.0], [1.0, 1.0, -1.0]], dtype=torch.float64, requires_grad=True)
@@ -134,7 +152,7 @@ def test_soft_label_loss_by_hand():
 def test_the_set_is_kept(data, small_net, trainer, tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
-    from lit_distill.dataset import DistilledImages, SyntheticSet
+    from lit_distill.dataset import SyntheticSet
 
     source = data()
     logger = CSVLogger(tmp_path, name="", version="run")

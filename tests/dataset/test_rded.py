@@ -114,12 +114,13 @@ def test_the_seed_alone_decides(digits, small_net):
 
 
 def test_labels_come_from_the_network_batch_by_batch(digits, small_net):
-    images = PatchSelection(digits(), small_net(), per_class=2, images_per_class=10, crops=2, seed=1)
-    data = RelabelledImages(images, [small_net()], batch_statistics=False, crop_scale=(1.0, 1.0), batch_size=10, seed=1)
+    network = small_net(norm="batch").eval()
+    images = PatchSelection(digits(), network, per_class=2, images_per_class=10, crops=2, seed=1)
+    data = RelabelledImages(images, [network], batch_statistics=False, crop_scale=(1.0, 1.0), batch_size=10, seed=1)
     batches = list(data.train_dataloader())
     assert len(batches) == 2
     for batch in batches:
-        torch.testing.assert_close(batch.targets, small_net().eval()(batch.images).detach())
+        torch.testing.assert_close(batch.targets, network(batch.images).detach())
 
 
 @pytest.mark.parametrize(

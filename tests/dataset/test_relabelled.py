@@ -178,6 +178,8 @@ def test_views_differ_between_batches_epochs_and_seeds(data, monkeypatch):
     for seed, epoch in ((5, 0), (5, 1), (6, 0)):
         epoch_of(data(seed=seed), epoch)
     assert len({tuple(row.tolist()) for draws in drawn for row in draws}) == 3 * 30
+    first, second = (torch.cat([batch.index for batch in epoch_of(data(), epoch)]) for epoch in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_a_loader_restored_within_an_epoch_goes_on(data):
