@@ -140,6 +140,34 @@ FROM_GRAPHS = {
         "DistilledGraphs": "    folder: distilled\n",
     }.items()
 }
+NETWORK = """\
+      class_path: lit_distill.dataset.DistillationConvNet
+      init_args: {num_classes: 10, width: 4, depth: 2, image_size: 8, in_channels: 1}
+"""
+DIGITS = "class_path: lit_distill.image.DigitsDataModule"
+SYNTHESIS = {
+    name: f"model:\n  class_path: lit_distill.dataset.{kind}\n  init_args:\n    student: &network\n{NETWORK}"
+    f"    student_epochs: 1\n{rest}data:\n  {DIGITS}\n"
+    for name, (kind, rest) in {
+        "dm": ("DistributionMatching", ""),
+        "mtt": ("TrajectoryMatching", "    experts: experts\n"),
+        "sre2l": ("SRe2L", "    teacher: *network\n"),
+        "cvdd": ("CommitteeRecovery", "    members: [*network, *network]\n"),
+    }.items()
+}
+EVALUATION = f"model:\n  class_path: lit_distill.dataset.DistilledSetEvaluation\n  init_args:\n    student:\n{NETWORK}"
+FROM_IMAGES = {
+    name: f"{EVALUATION}data:\n  class_path: lit_distill.dataset.{kind}\n  init_args:\n{rest}"
+    for name, (kind, rest) in {
+        "few": ("RandomSubset", f"    source: {{{DIGITS}}}\n    per_class: 2\n"),
+        "distilled": ("DistilledImages", f"    source: {{{DIGITS}}}\n    folder: nothing\n"),
+        "relabelled": (
+            "RelabelledImages",
+            f"    images: {{class_path: lit_distill.dataset.RandomSubset, init_args: {{source: {{{DIGITS}}}}}}}\n"
+            "    teachers: []\n",
+        ),
+    }.items()
+}
 RECIPE = """\
 experiment: chain
 configs: [job.yaml]
@@ -183,6 +211,8 @@ def finished(tmp_path_factory):
             Path(f"{name.lower()}.yaml").write_text(KD.replace("image.KD", f"image.{name}"))
         Path("teachers.yaml").write_text(TEACHERS)
         _write_graphs()
+        for name, text in {**SYNTHESIS, **FROM_IMAGES}.items():
+            Path(f"{name}.yaml").write_text(f"{JOB.partition('model:')[0]}{text}")
         assert main(shlex.split("fit -c job.yaml --run.experiment demo --run.name teacher")) == 0
     finally:
         os.chdir(before)
@@ -312,6 +342,34 @@ def _recipe(name: str, old: str, new: str, *says: str, command: str = "run recip
 
 
 MISTAKES = [
+    Mistake("no images", "fit -c dm.yaml --model.per_class 0", 2, ("model.per_class is 0", "1 or more")),
+    Mistake(
+        "more images than there are", "fit -c dm.yaml --model.per_class 900", 2, ("model.per_class is 900", "lower it")
+    ),
+    Mistake(
+        "unknown augmentation", "fit -c dm.yaml --model.operations color_blur", 2, ("'color_blur'", "no 'blur'", "flip")
+    ),
+    Mistake("no real batch", "fit -c dm.yaml --model.real_batch 0", 2, ("model.real_batch is 0", "1 or more")),
+    Mistake("subset too large", "fit -c few.yaml --data.per_class 900", 2, ("data.per_class is 900", "smallest class")),
+    Mistake("unknown reference run", "fit -c few.yaml --model.runs.best x", 2, ("no 'best'", "real, hard, random")),
+    Mistake(
+        "reference run is none", "fit -c few.yaml --model.runs.real x", 2, ("x is no finished run", "run it first")
+    ),
+    Mistake("no distilled images", "fit -c distilled.yaml", 2, ("nothing holds no distilled images", "distilled/")),
+    Mistake("no teachers for labels", "fit -c relabelled.yaml", 2, ("data.teachers is empty", "data.label_folder")),
+    Mistake("no experts", "fit -c mtt.yaml", 2, ("experts holds no experts", "ExpertTrajectories")),
+    Mistake("step size", "fit -c mtt.yaml --model.step_size 0", 2, ("model.step_size is 0", "above 0")),
+    Mistake("statistics of a network without them", "fit -c sre2l.yaml", 2, ("no BatchNorm2d", "model.bn_weight to 0")),
+    Mistake(
+        "steps that end within a block",
+        "fit -c sre2l.yaml --model.bn_weight 0 --model.recover_iterations 7",
+        2,
+        ("trainer.max_steps is -1", "set it to 70"),
+    ),
+    Mistake("committee without priors", "fit -c cvdd.yaml", 2, ("model.priors is missing", "'equal'")),
+    Mistake(
+        "priors that are shares", "fit -c cvdd.yaml --model.priors [0.6,0.5]", 2, ("[0.6, 0.5]", "percent, not shares")
+    ),
     # The command line.
     Mistake("command", "fitt -c job.yaml", 2, ("'fitt'", "did you mean 'fit'")),
     Mistake("no-configuration", "fit", 2, ("model", "data", "-c FILE")),

@@ -71,8 +71,8 @@ class DistilledSetEvaluation(ImageDistiller):
     - `test/ars`, see `augmentation_robust_score`, from `random`, `plain` and `random_plain`: the last two are runs on
       the set and on random images without augmentation, this run and `random` have it.
 
-    Where the set has a learning rate that was learned with it (`SyntheticSet.lr`), it takes the place of the optimizer's.
-    Test data pick nothing: the figures are those of the last epoch.
+    A learning rate that was learned with the set (`SyntheticSet.lr`) takes the place of the optimizer's. Test data pick
+    nothing: the figures are those of the last epoch.
 
     Args:
         student: A network; its weights are drawn anew.
