@@ -50,7 +50,7 @@ class DifficultyAlignedTrajectoryMatching(TrajectoryMatching):
     reference = Reference(
         title="Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory Matching",
         authors="Guo, Wang, Cazenavette, Li, Zhang, You",
-        year=2024,
+        year=2023,
         arxiv="2310.05773",
     )
 
