@@ -368,7 +368,7 @@ def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Sequen
 _READING_LINE = re.compile(
     r"\s*(?:- )?(?:\w*batch_size|num_workers|pin_memory|persistent_workers|prefetch_factor|augment\w*):"
 )
-_SOURCE_LINE = "    source:"  # an argument of the data module
+_SOURCE_LINE = re.compile(r"( +)source:$")  # an argument of the data module, or of one that it is given
 _ROOT_LINE = re.compile(r"(\s*root:) *['\"]?(.*?)['\"]?$")
 
 
@@ -398,12 +398,13 @@ def _data_settings(config: tuple[str, ...]) -> list[str]:
 
 def _of_source(settings: list[str]) -> list[str]:
     """The settings of the data that distilled ones were made from and are tested on, where there is such a source."""
-    if _SOURCE_LINE not in settings:
+    matches = ((number, _SOURCE_LINE.match(line)) for number, line in enumerate(settings, 1))
+    start, found = next(((number, match) for number, match in matches if match), (0, None))
+    if found is None:
         return settings
-    inside = itertools.takewhile(
-        lambda line: line.startswith(_SOURCE_LINE[:4] + "  "), settings[settings.index(_SOURCE_LINE) + 1 :]
-    )
-    return [line[4:] for line in inside]
+    indent = found[1]
+    inside = itertools.takewhile(lambda line: line.startswith(f"{indent}  "), settings[start:])
+    return [line[len(indent) :] for line in inside]
 
 
 def _check_metric(metric: str, known: set[str]) -> None:

@@ -223,8 +223,24 @@ data:
         seed: {seed}
     depth: 3
 """
+RELABELLED = DISTILLED.replace(
+    DISTILLED[DISTILLED.index("    source:") : DISTILLED.index("    depth")],
+    """    images:
+      class_path: lit_distill.dataset.RandomSubset
+      init_args:
+        source:
+          class_path: lit_distill.image.Digits
+          init_args:
+            root: {root}
+            batch_size: 7
+            train_size: {train_size}
+            seed: {seed}
+        per_class: 1
+""",
+)
 
 
+@pytest.mark.parametrize("config", [DISTILLED, RELABELLED], ids=["source", "source of images"])
 @pytest.mark.parametrize(
     ("other", "why"),
     [
@@ -232,10 +248,10 @@ data:
         ({"root": "data/letters"}, "its data have root: letters, those of baseline have root: digits"),
     ],
 )
-def test_distilled_data_are_compared_with_others_of_the_same_source(write_run, compared, other, why):
+def test_distilled_data_are_compared_with_others_of_the_same_source(write_run, compared, config, other, why):
     for seed in (0, 1):
         write_run("baseline", seed)
-        write_run("mirage", seed, data="lit_distill.graph.Mirage", config=DISTILLED, **other)
+        write_run("mirage", seed, data="lit_distill.graph.Mirage", config=config, **other)
     mirage = row(compared(), "mirage")
     assert (mirage.difference is None) == bool(why)
     assert why in (mirage.why_none or "")
