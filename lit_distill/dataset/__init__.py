@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lit_distill.dataset.methods.dc import GradientMatching
     from lit_distill.dataset.methods.dm import DistributionMatching
     from lit_distill.dataset.methods.experts import ExpertTrajectories
+    from lit_distill.dataset.methods.gvbsm import GeneralizedStatisticalMatching
     from lit_distill.dataset.methods.mtt import TrajectoryMatching
     from lit_distill.dataset.methods.random_subset import RandomSubset
     from lit_distill.dataset.methods.rded import PatchSelection
@@ -29,6 +30,7 @@ _MODULES = {
     "DifficultyAlignedTrajectoryMatching": "methods.datm",
     "DistributionMatching": "methods.dm",
     "ExpertTrajectories": "methods.experts",
+    "GeneralizedStatisticalMatching": "methods.gvbsm",
     "GradientMatching": "methods.dc",
     "Herding": "methods.coresets",
     "KCenter": "methods.coresets",
@@ -52,6 +54,7 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "DifficultyAlignedTrajectoryMatching",
     "DistributionMatching",
     "ExpertTrajectories",
+    "GeneralizedStatisticalMatching",
     "GradientMatching",
     "Herding",
     "KCenter",

@@ -1,8 +1,11 @@
 """The losses of data set distillation that are not shared with other domains. Pure functions."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from lit_distill.losses.precision import in_float32
 
 
 def mean_distance(synthetic: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> Float[Tensor, ""]:
@@ -60,3 +63,26 @@ def trajectory_distance(
     """
     start, target = start.detach(), target.detach()
     return (reached - target).square().sum() / (start - target).square().sum()
+
+
+@in_float32
+def densification_loss(images: Float[Tensor, "k n d"], *, temperature: float = 4.0) -> Float[Tensor, ""]:
+    r"""Computes how far from equal the eigenvalues are of the images of each class: images that are alike have one.
+
+    .. math:: \sum_c \mathrm{KL}\big( \mathrm{softmax}(e_c / \tau) \,\Vert\, \mathrm{softmax}(e_c) \big), \qquad
+        e_c = \mathrm{eig}(X_c X_c^\top)
+
+    The flatter distribution is the target, detached here. A single image of a class gives 0. Images are not centered,
+    and their eigenvalues not scaled: where one is larger than the others by much more than tau, the gradient is all but
+    0, as it is in the public code.
+
+    Args:
+        images: n flat images of each of k classes, X.
+        temperature: tau.
+
+    Reference: Shao, Yin, Zhou, Zhang, Shen, Generalized Large-Scale Data Condensation via Various Backbone and
+    Statistical Matching, 2023, arXiv 2311.17950.
+    """
+    spectrum = torch.linalg.eigvalsh(images @ images.mT)
+    target = spectrum.detach().div(temperature).log_softmax(1)
+    return F.kl_div(spectrum.log_softmax(1), target, reduction="sum", log_target=True)

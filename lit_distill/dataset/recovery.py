@@ -1,7 +1,7 @@
 """The base of methods that recover images from trained networks: inversion of classifiers, block by block."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,11 +31,11 @@ class Block(NamedTuple):
     """Images that are recovered together.
 
     Attributes:
-        number: Which of the images of each class it is, from 0.
-        classes: The classes, a range of them.
+        numbers: Which of the images of each class they are, from 0.
+        classes: The classes.
     """
 
-    number: int
+    numbers: range
     classes: range
 
 
@@ -112,16 +112,17 @@ class Recovery(DatasetSynthesizer):
         """Says who votes on the images number `number` of all classes: positions of networks, with their weights."""
         raise AssertionError(f"{type(self).__name__} is a base class; a method defines votes")
 
+    def matcher(self, member: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Builds what runs a network on images, and returns its logits and R."""
+        return BatchNormMatcher(member, self.first_bn_weight)
+
     # ---- blocks ----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Checks the networks, and makes what the steps need."""
         data = self._data()
         self.committee.check(data.sample_shape, data.num_classes)
-        self._matchers = [
-            BatchNormMatcher(member, self.first_bn_weight) if self.bn_weight else None
-            for member in self.committee.members
-        ]
+        self._matchers = [self.matcher(member) if self.bn_weight else None for member in self.committee.members]
         super().build()
         # The optimizer has a block of them, in memory of its own.
         self.images.requires_grad_(False)
@@ -151,7 +152,7 @@ class Recovery(DatasetSynthesizer):
         """Returns all blocks in their order."""
         starts = range(0, self.num_classes, self.block_classes)
         parts = [range(start, min(start + self.block_classes, self.num_classes)) for start in starts]
-        return [Block(number, classes) for number in range(self.per_class) for classes in parts]
+        return [Block(range(number, number + 1), classes) for number in range(self.per_class) for classes in parts]
 
     def on_fit_start(self) -> None:
         """Checks that the run ends with the last block.
@@ -196,12 +197,15 @@ class Recovery(DatasetSynthesizer):
     def _enter_block(self) -> None:
         blocks = self.blocks()
         block = blocks[min(self.iteration // self.recover_iterations, len(blocks) - 1)]
-        classes = slice(block.classes.start, block.classes.stop)
-        # A view: the images are class after class.
-        self._place = self.images.detach().unflatten(0, (self.num_classes, self.per_class))[classes, block.number]
+        part = tuple(slice(numbers.start, numbers.stop) for numbers in (block.classes, block.numbers))
+        images, labels = (
+            values.unflatten(0, (self.num_classes, self.per_class))[part]
+            for values in (self.images.detach(), self.labels)
+        )
+        self._place = images.view(-1, *images.shape[2:])  # which never copies
         self._pixels_of_block = self._place.clone(memory_format=torch.channels_last).requires_grad_()
-        self._labels_of_block = torch.arange(classes.start, classes.stop, device=self.device)
-        self._votes = self.votes(block.number)
+        self._labels_of_block = labels.flatten()
+        self._votes = self.votes(block.numbers.start)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
