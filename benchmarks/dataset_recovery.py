@@ -120,7 +120,7 @@ def by_hand(count: int, moments: Moments) -> Side:
 def main() -> None:
     """Prints a table for one network and one for two."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # of Lightning, about short runs: they would stand between the lines of the table
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     for count in (1, 2):
         print(f"{count} network{'s' * (count > 1)}")

@@ -42,7 +42,8 @@ class Loop:
     def __init__(self, module: DatasetSynthesizer, data: RandomImages) -> None:
         self.images = module.images.detach().clone().requires_grad_()
         network = module.network if isinstance(module, GradientMatching) else module.student
-        self.network = copy.deepcopy(network).train()  # type: ignore[arg-type]  # a module, which __getattr__ hides
+        assert isinstance(network, DistillationConvNet)
+        self.network = copy.deepcopy(network).train()
         self.augment = module.augmentation
         self.labels = torch.arange(CLASSES).repeat_interleave(PER_CLASS)
         self.optimizer = torch.optim.SGD([self.images], lr=0.1, momentum=0.5)
@@ -69,8 +70,8 @@ def dm(loop: Loop) -> Tensor:
     for number in range(CLASSES):
         draws = loop.augment.draw(1)
         with torch.no_grad():
-            real = loop.network.embed(loop.augment(loop.real(number), draws)).mean(0)  # type: ignore[operator]
-        mean = loop.network.embed(loop.augment(loop.images[loop.own(number)], draws)).mean(0)  # type: ignore[operator]
+            real = loop.network.embed(loop.augment(loop.real(number), draws)).mean(0)
+        mean = loop.network.embed(loop.augment(loop.images[loop.own(number)], draws)).mean(0)
         total = total + (mean - real).square().sum()
     loop.optimizer.zero_grad()
     total.backward()

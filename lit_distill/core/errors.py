@@ -11,3 +11,19 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The request was fine, the run failed: non-finite loss, corrupt file, full disk. Exit status 1."""
+
+
+def check_least(part: str, least: int, **values: float | None) -> None:
+    """Checks arguments against the smallest value that they can have; None is left out.
+
+    Args:
+        part: What has the arguments, "model" or "data".
+        least: The smallest value.
+        values: The arguments by name.
+
+    Raises:
+        UsageError: One is smaller.
+    """
+    for key, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"{part}.{key} is {value}; give {least} or more")

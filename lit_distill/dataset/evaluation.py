@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import derived_seed
 from lit_distill.core.metrics import reliability
 from lit_distill.core.networks import check_redrawable, redraw
@@ -100,9 +100,7 @@ class DistilledSetEvaluation(ImageDistiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
-        for key, value in {"repeats": repeats, "parts": parts}.items():
-            if value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
+        check_least("model", 1, repeats=repeats, parts=parts)
         if temperature <= 0:
             raise UsageError(f"model.temperature is {temperature}; it must be above 0 (usual: 20)")
         for name in runs or {}:

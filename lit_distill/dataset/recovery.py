@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from lit_distill.core.cache import weights_fingerprint
 from lit_distill.core.distiller import Distiller
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.dataset.batchnorm import BatchNormMatcher
 from lit_distill.dataset.committee import Committee
 from lit_distill.dataset.synthesizer import DatasetSynthesizer
@@ -89,12 +89,8 @@ class Recovery(DatasetSynthesizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, optimizer=optimizer, **kwargs)
-        for key, value in {"recover_iterations": recover_iterations, "block_classes": block_classes}.items():
-            if value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
-        for key, weight in {"bn_weight": bn_weight, "first_bn_weight": first_bn_weight, "roll": roll}.items():
-            if weight < 0:
-                raise UsageError(f"model.{key} is {weight}; give 0 or more")
+        check_least("model", 1, recover_iterations=recover_iterations, block_classes=block_classes)
+        check_least("model", 0, bn_weight=bn_weight, first_bn_weight=first_bn_weight, roll=roll)
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UsageError(f"model.crop_scale is {list(crop_scale)}; give two shares in ascending order, or null")
         if self.lr_scheduler is not None:

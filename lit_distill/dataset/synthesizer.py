@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import take_samples
 from lit_distill.core.networks import check_redrawable
 from lit_distill.core.synthesis import Synthesizer
@@ -66,9 +66,7 @@ class DatasetSynthesizer(Synthesizer, ImageDistiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, optimizer=optimizer, **kwargs)
-        for key, value in {"per_class": per_class, "student_epochs": student_epochs}.items():
-            if value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
+        check_least("model", 1, per_class=per_class, student_epochs=student_epochs)
         self.per_class = per_class
         self.init = init
         self.augmentation = SiameseAugment(operations)

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.networks import check_redrawable, freeze, redraw
 from lit_distill.core.synthesis import Synthesizer
 from lit_distill.graph.classifier import GraphClassifier
@@ -65,12 +65,8 @@ class GraphSynthesizer(Synthesizer, GraphClassifier):
         scheduler_interval: Literal["epoch", "step"] = "step",
     ) -> None:
         super().__init__(student, optimizer=optimizer, lr_scheduler=lr_scheduler, scheduler_interval=scheduler_interval)
-        for key, value in {"per_class": per_class, "student_epochs": student_epochs}.items():
-            if value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
-        for key, rate in {"feature_lr": feature_lr, "adjacency_lr": adjacency_lr}.items():
-            if rate < 0:
-                raise UsageError(f"model.{key} is {rate}; give 0 or more")
+        check_least("model", 1, per_class=per_class, student_epochs=student_epochs)
+        check_least("model", 0, feature_lr=feature_lr, adjacency_lr=adjacency_lr)
         if feature_lr == adjacency_lr == 0:
             raise UsageError("model.feature_lr, model.adjacency_lr: both are 0, so nothing is learned; raise one")
         self.per_class = per_class

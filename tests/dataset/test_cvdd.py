@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -9,28 +10,14 @@ from lit_distill.core.errors import UsageError
 from lit_distill.dataset.batchnorm import BatchNormMatcher
 from lit_distill.dataset.methods.cvdd import CommitteeRecovery
 from lit_distill.dataset.methods.sre2l import SRe2L
-from lit_distill.image.models import ConvNet
 
 PRIORS = (64.0, 60.6, 51.6)
 
 
 @pytest.fixture
-def members(digits, small_net):
+def members(networks):
     """Networks of two kinds, with the statistics of real images."""
-
-    def build(count=3):
-        data = digits()
-        data.setup()
-        networks = [small_net(1, norm="batch"), small_net(2, norm="batch", width=4, depth=1)]
-        torch.manual_seed(3)
-        networks = [*networks, ConvNet(10, widths=(4, 6))][:count]
-        with torch.no_grad():
-            for network in networks:
-                network.train()(data.normalize(data.part("train").images))
-                network.eval()
-        return networks
-
-    return build
+    return partial(networks, second_norm="batch")
 
 
 @pytest.fixture
@@ -91,12 +78,20 @@ def test_the_loss_is_the_voters_losses_by_their_weights(fitted):
     assert float(loss.detach()) == pytest.approx(sum(expected.values()), rel=1e-4)
 
 
-def test_the_gradient_reaches_the_pixels_of_the_block_alone(fitted):
-    module = fitted(per_class=1)
+def test_the_gradient_is_the_voters_by_their_weights_and_reaches_the_pixels_of_the_block_alone(fitted):
+    module = fitted(per_class=1, bn_weight=0.02, crop_scale=None, flip=False, roll=0)
     pixels = module._pixels_of_block
+    twin = pixels.detach().clone().requires_grad_()
+    expected = 0.0
+    for place, weight in ((0, 0.66374), (1, 0.33626)):
+        logits, distance = BatchNormMatcher(module.committee.members[place], 10.0)(twin)
+        log_odds = logits.log_softmax(1)[torch.arange(10), torch.arange(10)]
+        expected = expected + weight * (-log_odds.mean() + 0.02 * distance)
+    expected.backward()
     pixels.grad = None
     step(module).backward()
-    assert pixels.grad.abs().sum() > 0
+    torch.testing.assert_close(pixels.grad, twin.grad, rtol=1e-3, atol=1e-6)
+    assert pixels.grad.abs().max() > 1e-3
     assert all(parameter.grad is None for parameter in module.parameters())
 
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,26 +13,12 @@ from lit_distill.dataset.losses import densification_loss
 from lit_distill.dataset.methods.gvbsm import GeneralizedStatisticalMatching, adam
 from lit_distill.dataset.methods.sre2l import SRe2L
 from lit_distill.dataset.statistics import GeneralizedMatcher, blend, patch_moments
-from lit_distill.image.models import ConvNet
 
 
 @pytest.fixture
-def members(digits, small_net):
+def members(networks):
     """Networks of three kinds, one without batch normalization, with the statistics of real images."""
-
-    def build(count=3):
-        data = digits()
-        data.setup()
-        networks = [small_net(1, norm="batch"), small_net(2, norm="instance", width=4, depth=1)]
-        torch.manual_seed(3)
-        networks = [*networks, ConvNet(10, widths=(4, 6))][:count]
-        with torch.no_grad():
-            for network in networks:
-                network.train()(data.normalize(data.part("train").images))
-                network.eval()
-        return networks
-
-    return build
+    return partial(networks, second_norm="instance")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_distill.core.cache import weights_fingerprint
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import EpochLoader, EpochPermutation, Transform, derived_seed, take_samples
 from lit_distill.core.taps import probe
 from lit_distill.dataset.committee import Committee, Voting
@@ -100,9 +100,7 @@ class RelabelledImages(ReplacedImages):
             raise UsageError(f"data.priors are {list(priors)}; give percent, since data.temperature is meant for it")
         if temperature <= 0:
             raise UsageError(f"data.temperature is {temperature}; it must be above 0 (usual: 10)")
-        for key, value in {"parts": parts, "grid": grid, "label_epochs": label_epochs}.items():
-            if value < 1:
-                raise UsageError(f"data.{key} is {value}; give 1 or more")
+        check_least("data", 1, parts=parts, grid=grid, label_epochs=label_epochs)
         self.images = images
         voting: Voting = "equal" if priors is None else "prior"
         self.committee = Committee(teachers, priors, voting) if teachers else None

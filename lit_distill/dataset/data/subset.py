@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.dataset.data.base import ReplacedImages
 from lit_distill.dataset.synthetic import SyntheticSet
 from lit_distill.image.data import ImageDataModule
@@ -25,8 +25,7 @@ class Subset(ReplacedImages):
 
     def __init__(self, source: ImageDataModule, per_class: int = 10, **kwargs: Any) -> None:
         super().__init__(source, **kwargs)
-        if per_class < 1:
-            raise UsageError(f"data.per_class is {per_class}; give 1 or more")
+        check_least("data", 1, per_class=per_class)
         self.per_class = per_class
 
     @abstractmethod

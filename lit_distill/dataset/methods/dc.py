@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.networks import redraw
 from lit_distill.core.reference import Reference
 from lit_distill.dataset.synthesizer import DatasetSynthesizer
@@ -69,11 +69,8 @@ class GradientMatching(DatasetSynthesizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
-        for key, value in {"outer_steps": outer_steps, "real_batch": real_batch}.items():
-            if value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
-        if inner_epochs < 0:
-            raise UsageError(f"model.inner_epochs is {inner_epochs}; give 0 or more")
+        check_least("model", 1, outer_steps=outer_steps, real_batch=real_batch)
+        check_least("model", 0, inner_epochs=inner_epochs)
         if network_lr <= 0:
             raise UsageError(f"model.network_lr is {network_lr}; it must be above 0 (usual: 0.01)")
         self.outer_steps = outer_steps

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import check_least
 from lit_distill.core.networks import redraw
 from lit_distill.core.reference import Reference
 from lit_distill.core.taps import FeatureTaps
@@ -40,8 +40,7 @@ class DistributionMatching(DatasetSynthesizer):
 
     def __init__(self, student: nn.Module, real_batch: int = 256, **kwargs: Any) -> None:
         super().__init__(student, **kwargs)
-        if real_batch < 1:
-            raise UsageError(f"model.real_batch is {real_batch}; give 1 or more")
+        check_least("model", 1, real_batch=real_batch)
         self.real_batch = real_batch
 
     def build(self) -> None:

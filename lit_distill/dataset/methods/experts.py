@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import derived_seed
 from lit_distill.core.networks import check_redrawable, redraw
 from lit_distill.core.reference import Reference
@@ -46,8 +46,7 @@ class ExpertTrajectories(Supervised):
 
     def __init__(self, student: nn.Module, epochs: int = 50, operations: str = "none", **kwargs: Any) -> None:
         super().__init__(student, **kwargs)
-        if epochs < 1:
-            raise UsageError(f"model.epochs is {epochs}; give 1 or more")
+        check_least("model", 1, epochs=epochs)
         self.epochs = epochs
         self.augmentation = SiameseAugment(operations)
         self._snapshots: list[Tensor] = []

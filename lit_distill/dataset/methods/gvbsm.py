@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.reference import Reference
 from lit_distill.dataset.committee import Committee
 from lit_distill.dataset.data.subset import in_memory
@@ -104,9 +104,7 @@ class GeneralizedStatisticalMatching(Recovery):
             raise UsageError(f"model.momentum is {momentum}; give 0 or more, and less than 1 (published: 0.8)")
         if not 0 <= drop_rate <= 1:
             raise UsageError(f"model.drop_rate is {drop_rate}; it is a probability, give 0 to 1 (published: 0.4)")
-        for key, value in {"density_weight": density_weight, "padding": padding}.items():
-            if value < 0:
-                raise UsageError(f"model.{key} is {value}; give 0 or more")
+        check_least("model", 0, density_weight=density_weight, padding=padding)
         self.momentum = momentum
         self.drop_rate = drop_rate
         self.density_weight = density_weight

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.reference import Reference
 from lit_distill.dataset.data.subset import in_memory
 from lit_distill.dataset.experts import ExpertBuffer, data_fingerprint
@@ -72,14 +72,11 @@ class TrajectoryMatching(DatasetSynthesizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
-        counts = {"steps": steps, "expert_epochs": expert_epochs, "max_start": max_start}
-        for key, value in {**counts, "synthetic_batch": synthetic_batch}.items():
-            if value is not None and value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
+        check_least("model", 1, steps=steps, expert_epochs=expert_epochs, max_start=max_start)
+        check_least("model", 1, synthetic_batch=synthetic_batch)
         if step_size <= 0:
             raise UsageError(f"model.step_size is {step_size}; it must be above 0 (usual: 0.01)")
-        if step_size_lr < 0:
-            raise UsageError(f"model.step_size_lr is {step_size_lr}; give 0 or more")
+        check_least("model", 0, step_size_lr=step_size_lr)
         self.experts = experts
         self.steps = steps
         self.expert_epochs = expert_epochs

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import derived_seed
 from lit_distill.core.networks import freeze
 from lit_distill.core.reference import Reference
@@ -58,9 +58,7 @@ class PatchSelection(ReplacedImages):
         **kwargs: Any,
     ) -> None:
         super().__init__(source, **kwargs)
-        for key, value in {"per_class": per_class, "crops": crops, "grid": grid}.items():
-            if value < 1:
-                raise UsageError(f"data.{key} is {value}; give 1 or more")
+        check_least("data", 1, per_class=per_class, crops=crops, grid=grid)
         if images_per_class < per_class * grid**2:
             raise UsageError(
                 f"data.images_per_class is {images_per_class}, which leaves fewer crops than the {per_class * grid**2} "

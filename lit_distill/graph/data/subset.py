@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.graph.data.base import GraphDataModule
 from lit_distill.graph.data.distilled import ReplacedTraining
 from lit_distill.graph.graphs import GraphSet
@@ -37,9 +37,7 @@ class Subset(ReplacedTraining):
         super().__init__(source, **kwargs)
         if (per_class is None) == (bytes is None):
             raise UsageError("data.per_class, data.bytes: give one of the two")
-        for key, value in {"per_class": per_class, "bytes": bytes}.items():
-            if value is not None and value < 1:
-                raise UsageError(f"data.{key} is {value}; give 1 or more")
+        check_least("data", 1, per_class=per_class, bytes=bytes)
         self.per_class = per_class
         self.bytes = bytes
 

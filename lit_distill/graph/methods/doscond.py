@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import check_least
 from lit_distill.core.networks import redraw
 from lit_distill.core.reference import Reference
 from lit_distill.graph.condensed import annealed_temperature
@@ -62,8 +62,7 @@ class DosCond(GraphSynthesizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
-        if real_batch < 1:
-            raise UsageError(f"model.real_batch is {real_batch}; give 1 or more")
+        check_least("model", 1, real_batch=real_batch)
         self.metric: Metric = metric
         self.sparsity_weight = sparsity_weight
         self.real_batch = real_batch

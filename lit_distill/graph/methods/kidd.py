@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.reference import Reference
 from lit_distill.graph.classifier import graph_metrics
 from lit_distill.graph.condensed import annealed_temperature, relaxed_adjacency, soft_labels
@@ -78,9 +78,7 @@ class KiDD(GraphSynthesizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, per_class=per_class, feature_lr=feature_lr, adjacency_lr=adjacency_lr, **kwargs)
-        for key, value in {"synthetic_batch": synthetic_batch, "depth": depth}.items():
-            if value < 1:
-                raise UsageError(f"model.{key} is {value}; give 1 or more")
+        check_least("model", 1, synthetic_batch=synthetic_batch, depth=depth)
         if ridge <= 0:
             raise UsageError(f"model.ridge is {ridge}; it must be above 0 (usual: 1e-6)")
         if adjacency_lr > 0 and not sample_edges:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import check_least
 from lit_distill.core.reference import Reference
 from lit_distill.core.synthesis import DISTILLED
 from lit_distill.graph.data.base import GraphDataModule
@@ -55,8 +55,7 @@ class Mirage(TreesModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(source, **kwargs)
-        if depth < 0:
-            raise UsageError(f"data.depth is {depth}; give 0 or more")
+        check_least("data", 0, depth=depth)
         self.depth = depth
         self.threshold = threshold
         self.options: dict[str, Any] = {
