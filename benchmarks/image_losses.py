@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes, recorder
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torchdistill.losses import mid_level
 
 from lit_distill.losses import attention_transfer, forward_kl, hint_mse
@@ -195,25 +195,6 @@ def ratio(ours: Callable[[], None], theirs: Callable[[], None], rounds: int, war
     wall = [a[0] / b[0] for a, b in zip(*seconds, strict=True)]
     cpu = [a[1] / b[1] for a, b in zip(*seconds, strict=True)]
     return Ratio(tuple(statistics.median(x for x, _ in side) for side in seconds), wall, cpu)  # type: ignore[arg-type]  # always two sides
-
-
-def peak_bytes(recorded: profile) -> int:
-    """Returns the most that was allocated and not yet freed, beyond what was there at the start."""
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # there, since recording has ended
-        if event.name() == "[memory]"
-    )
-    alive = peak = 0
-    for _, size in events:
-        alive += size
-        peak = max(peak, alive)
-    return peak
-
-
-def recorder() -> profile:
-    """A profiler of allocations."""
-    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 def _memory(run: Callable[[], None]) -> float:

@@ -10,7 +10,7 @@ checked first.
 losses keep (torch's profiler of allocations).
 """
 
-from image_losses import peak_bytes, ratio, recorder  # isort: skip  (before torch)
+from image_losses import ratio  # isort: skip  (before torch)
 
 import copy
 import itertools
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from jobs import Halt
 from lightning.pytorch import LightningDataModule, Trainer
+from memory import Recorded
 from timing import Pause, Turns
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -312,34 +313,6 @@ def by_hand(method: Method, distiller: ImageDistiller, batches: Iterator[ImageBa
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
-
-
-class Recorded:
-    """A pause that records the step after it, once it is told to."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self.peak = 0
-
-    def around(self, run: Callable[[Pause], None]) -> Callable[[Pause], None]:
-        """The same side with such pauses."""
-
-        def side(pause: Pause) -> None:
-            recording = None
-
-            def recorded() -> None:
-                nonlocal recording
-                if recording is not None:
-                    recording.__exit__(None, None, None)
-                    self.peak, recording = peak_bytes(recording), None
-                pause()
-                if self.wanted:
-                    self.wanted, recording = False, recorder()
-                    recording.__enter__()
-
-            run(recorded)
-
-        return side
 
 
 def report(name: str, method: Method, data: Fixed) -> None:

@@ -4,9 +4,14 @@
 
 Student and teacher have 4 layers of 192 and 5,000 tokens; a step is 4 rows of 256 random tokens. What the cache adds is
 the look-up, the teacher's logits from its kept hidden states, and the divergence. "online" runs the teacher instead.
+Before that, caches of few and of many rows are written: the peak of tensors in this must not grow with the rows.
 """
 
-from timing import Pause, in_turns  # isort: skip  (before torch)
+import os
+
+os.environ["KINETO_LOG_LEVEL"] = "9"  # before torch, or the profiler reports each start
+
+from timing import Pause, Side, in_turns  # isort: skip  (before torch)
 
 import logging
 import tempfile
@@ -17,6 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from memory import peak_bytes, recorder
 
 from lit_distill.core.loading import EpochPermutation
 from lit_distill.llm.cached import CachedTeacher
@@ -29,19 +35,21 @@ from lit_distill.llm.network import CausalLM
 
 VOCABULARY, WIDTH, LAYERS = 5_000, 192, 4
 ROWS, LENGTH, BATCH = 64, 257, 4  # 256 tokens of a row are scored
-ROUNDS, WARMUP, TARGET = 40, 4, 1.15
+WRITTEN = (64, 512)  # rows of the caches whose writing is measured
+ROUNDS, WARMUP, TARGET = 20, 2, 1.15
 
 
 class RandomTokens(LightningDataModule):
     """Rows of random tokens."""
 
-    max_length, vocab_size, vocabulary, padding = LENGTH, VOCABULARY, None, 0
+    max_length, vocabulary, padding = LENGTH, None, 0
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int = VOCABULARY, rows: int = ROWS) -> None:
         super().__init__()
-        ids = torch.randint(VOCABULARY, (ROWS * LENGTH,), generator=torch.Generator().manual_seed(0)).int()
-        documents = Documents(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(ROWS + 1) * LENGTH)
-        self.rows = TokenRows(documents, torch.ones(ROWS, dtype=torch.long))
+        self.vocab_size = vocab_size
+        ids = torch.randint(vocab_size, (rows * LENGTH,), generator=torch.Generator().manual_seed(0)).int()
+        documents = Documents(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(rows + 1) * LENGTH)
+        self.rows = TokenRows(documents, torch.ones(rows, dtype=torch.long))
 
     def part(self, name: str) -> Any:
         """The rows."""
@@ -53,11 +61,11 @@ class RandomTokens(LightningDataModule):
 
     def fingerprint(self, part: str) -> dict[str, Any]:
         """They are always the same."""
-        return {"data": "random tokens", "samples": ROWS}
+        return {"data": "random tokens", "samples": len(self.rows)}
 
     def train_dataloader(self) -> TokenLoader:
         """Shuffled."""
-        return TokenLoader(self.rows, EpochPermutation(ROWS), BATCH, padding=0, drop_last=True)
+        return TokenLoader(self.rows, EpochPermutation(len(self.rows)), BATCH, padding=0, drop_last=True)
 
 
 def network(seed: int) -> CausalLM:
@@ -68,22 +76,27 @@ def network(seed: int) -> CausalLM:
     return CausalLM(config={"model_type": "llama", **sizes, **heads}).materialize()
 
 
-def side(make: Callable[[], TokenDistiller], folder: str) -> Callable[[Pause], None]:
+def trainer(folder: str, **options: Any) -> Trainer:
+    """One that does nothing but train."""
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+def side(make: Callable[[], TokenDistiller], folder: str, data: type[RandomTokens] = RandomTokens) -> Side:
     """A training that halts after every step."""
 
     def run(pause: Pause) -> None:
         module = make()
         module.on_train_batch_end = _halting(module.on_train_batch_end, pause)  # type: ignore[method-assign]
-        Trainer(
-            max_steps=10**6,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            limit_val_batches=0,
-            default_root_dir=folder,
-        ).fit(module, RandomTokens())
+        trainer(folder, max_steps=10**6).fit(module, data())
 
     return run
 
@@ -96,8 +109,30 @@ def _halting(end: Callable[..., None], pause: Pause) -> Callable[..., None]:
     return halt
 
 
+class Measured(CachedTeacher):
+    """Takes the peak of tensors in writing."""
+
+    def fill(self, *given: Any) -> None:
+        """Writes."""
+        with recorder() as recorded:
+            super().fill(*given)
+        self.peak = peak_bytes(recorded) / 1e6
+
+
+def report_writing(rows: int) -> None:
+    """Prints the memory of writing a cache of so many rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Measured(f"{folder}/kept")
+        module = ForwardKL(network(0), network(1), source=source)
+        trainer(folder, max_steps=1).fit(module, RandomTokens(rows=rows))
+        size = sum(file.stat().st_size for file in source.opened("train").folder.iterdir()) / 1e6
+        print(f"writing {rows} rows, {size:.0f} MB on disk: peak of tensors {source.peak:.1f} MB", flush=True)
+
+
 def main() -> None:
     """Makes the caches, prints bytes and times."""
+    for rows in WRITTEN:
+        report_writing(rows)
     with tempfile.TemporaryDirectory() as folder:
         source = CachedTeacher(f"{folder}/kept")
         sides = {
