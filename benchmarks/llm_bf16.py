@@ -25,8 +25,8 @@ ROWS, LENGTH, ROUNDS, LOADS = 4, 128, 2, 3
 def main() -> None:
     """Loads both, compares words, and times in turns."""
     folder = sys.argv[1] if sys.argv[1:] else "models/smollm2"
-    has = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx": torch.cpu._is_amx_tile_supported()}
-    print(f"instructions for bfloat16: {', '.join(name for name, there in has.items() if there) or 'none'}")
+    has = [name for name, there in torch.cpu.get_capabilities().items() if "bf16" in name and there]
+    print(f"instructions for bfloat16: {', '.join(has) or 'none'}")
     tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(topics["class"])["input_ids"][: ROWS * LENGTH])
     tokens = tokens.view(ROWS, LENGTH)
     networks = {name: CausalLM(folder, dtype=name).materialize().eval() for name in ("float32", "bfloat16")}  # type: ignore[arg-type]  # two of its names

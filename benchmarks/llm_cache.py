@@ -35,8 +35,8 @@ from lit_distill.llm.network import CausalLM
 
 VOCABULARY, WIDTH, LAYERS = 5_000, 192, 4
 ROWS, LENGTH, BATCH = 64, 257, 4  # 256 tokens of a row are scored
-WRITTEN = (64, 512)  # rows of the caches whose writing is measured
-ROUNDS, WARMUP, TARGET = 20, 2, 1.15
+WRITTEN = (32, 256)  # rows of the caches whose writing is measured
+ROUNDS, WARMUP, TARGET = 8, 1, 1.15
 
 
 class RandomTokens(LightningDataModule):

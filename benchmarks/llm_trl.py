@@ -39,7 +39,7 @@ from lit_distill.llm.network import CausalLM
 
 VOCABULARY = 49_152
 ROWS = next((int(x) for x in sys.argv[1:]), 4)
-ROUNDS, WARMUP = 4, 1
+ROUNDS, WARMUP = 2, 1
 RATE = 1e-4
 
 

@@ -42,7 +42,9 @@ class CausalLM(nn.Module):
         layers: Decoder layers to keep: their numbers, or how many, evenly spaced, the first and the last among them
             (as DistilBERT's student is made of its teacher; Sanh et al. 2019, arXiv 1910.01108). All if None.
         vocabulary: Tokens to keep, see `restrict`. All if None.
-        dtype: Of the weights; "auto" takes them as they are stored.
+        dtype: Of the weights; "auto" takes them as they are stored, often bfloat16. On a CPU that is faster than
+            float32 only with instructions for it (`avx512_bf16` or `amx_bf16` in lscpu), and several times slower
+            without.
         lora: Arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`.
         gradient_checkpointing: Whether to compute activations a second time in the backward pass instead of storing
             them.
