@@ -10,6 +10,7 @@ from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_distill.core.distiller import Distiller
@@ -113,6 +114,8 @@ class TokenDistiller(Distiller):
         self.taps = FeatureTaps(self.student, ())  # a method may want to see more
         if self.source is not None:
             self.source.attach(self)
+        if self.rollout is not None:
+            self.rollout.attach(self)
 
     def networks(self) -> list[CausalLM]:
         """Returns student and teacher, if there is one."""
@@ -153,6 +156,8 @@ class TokenDistiller(Distiller):
             batch.scored,
             score=partial(self.score, labels=batch.targets, signal=signal, terms=terms, scale=scale),
         )
+        if isinstance(self.teacher, FSDPModule):
+            self.teacher.reshard()  # embeddings and head, whole until here, take no memory in the backward pass
         inside = self.feature_terms(batch, features, scale)
         self.record({name: terms[name][1] * value for name, value in values.items()} | inside)
         return sum(inside.values(), start=loss)

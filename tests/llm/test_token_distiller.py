@@ -9,6 +9,7 @@ from tiny_language import VOCABULARY, Pairs, language_model, pairs, token_batch,
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lit_distill.core.errors import UsageError
+from lit_distill.llm import rollouts
 from lit_distill.llm.evaluation import TokenMetrics, token_facts
 from lit_distill.llm.methods.adaptive_kl import AdaptiveKL, TotalVariation
 from lit_distill.llm.methods.distillm import SkewKL, SkewReverseKL
@@ -374,9 +375,16 @@ def test_the_teacher_writes_each_row_once_and_a_killed_run_pays_nothing_twice(tm
 
     run()
     assert sum(calls) == 8
-    file.write_text(file.read_text() + "[3, [1")  # cut off in the middle of a line
+    whole = file.read_text()
+    file.write_text(whole + "\n[3, [1")  # cut off in the middle of a line
     run()
     assert sum(calls) == 8
+    file.write_text(whole[:-2])  # now the cut row is needed; others follow it
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("[0,")))
+    run()
+    assert sum(calls) == 10
+    run()
+    assert sum(calls) == 10
     other = SequenceKD(language_model(0), language_model(5), rollout=TeacherWritten(4, file=str(file)))
     with pytest.raises(UsageError, match=r"rollout.file: .*was written with another teacher"):
         trainer(tmp_path, max_steps=1).fit(other, Pairs())
@@ -409,6 +417,19 @@ def test_replay_grows_where_validation_gets_worse():
     fresh = AdaptiveReplay()
     fresh.load_state_dict(rollout.state_dict())
     assert (fresh.phi, fresh.last_loss) == (rollout.phi, 2.5)
+
+
+@pytest.mark.parametrize(("processes", "mine"), [(2, [3, 4]), (1, [1, 2, 3, 4]), (3, [2])])
+def test_replay_keeps_the_rows_of_all_processes(monkeypatch, processes, mine):
+    """Two saved; as many or another number go on, and all of these have equally many rows."""
+    saved = {"phi": 0.3, "last_loss": 1.0, "kept": [[([1], [9], 1), ([1], [9], 2)], [([1], [9], 3), ([1], [9], 4)]]}
+    monkeypatch.setattr(rollouts, "distributed_rank", lambda: (min(1, processes - 1), processes))
+    rollout = AdaptiveReplay(buffer=4)
+    rollout.load_state_dict(saved)
+    assert [row for _, _, row in rollout.kept] == mine
+    monkeypatch.setattr(rollouts, "gathered", lambda kept: [saved["kept"][0], kept])
+    rollout.kept = saved["kept"][1]
+    assert rollout.state_dict() == saved
 
 
 def test_replay_fills_its_buffer_and_then_serves_from_it(tmp_path):
