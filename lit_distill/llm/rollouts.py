@@ -269,6 +269,8 @@ def read_completions(path: Path, stamp: Mapping[str, Any]) -> dict[int, list[int
 def prompts_of(batch: TokenBatch) -> list[list[int]]:
     """Returns what stands in each row before its first scored token.
 
+    Waits for the device, as writing does with every token.
+
     Raises:
         UsageError: A row holds several documents.
     """
@@ -318,13 +320,13 @@ def _from_rows(rows: list[tuple[list[int], list[int], int]], batch: TokenBatch, 
     count = torch.tensor(len(targets), device=device)
     total = int(module.trainer.strategy.reduce(count, reduce_op="sum")) * module.trainer.accumulate_grad_batches
     return TokenBatch(
-        input_ids.to(device),
-        torch.arange(length, device=device).expand(len(rows), -1),
-        torch.tensor(scored, dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor([row for _, _, row in rows], device=device),
+        input_ids,
+        torch.arange(length).expand(len(rows), -1),
+        torch.tensor(scored, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor([row for _, _, row in rows]),
         total,
-    )
+    ).to(device)
 
 
 def _rows(batch: TokenBatch) -> list[tuple[list[int], list[int], int]]:
