@@ -226,7 +226,7 @@ def launch(folder):
         for rank in (0, 1)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=500)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
