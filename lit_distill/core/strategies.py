@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -80,6 +80,21 @@ def full_state(network: nn.Module) -> dict[str, Any]:
     if not isinstance(network, FSDPModule):
         return network.state_dict()
     return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def distributed_rank() -> tuple[int, int]:
+    """Returns the number of this process and of how many; 0 of 1 where there is one."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns, in every process, what each gives. For what is small and rare: it is pickled and waited for."""
+    _, world_size = distributed_rank()
+    if world_size == 1:
+        return [value]
+    found: list[Any] = [None] * world_size
+    distributed.all_gather_object(found, value)
+    return found
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lit_distill.core.cache import weights_fingerprint
 from lit_distill.core.errors import RunError, UsageError, check_least
 from lit_distill.core.files import atomic_path, write_json
-from lit_distill.llm.batch import TokenBatch
+from lit_distill.llm.batch import TokenBatch, sent
 from lit_distill.llm.fused import slices
 from lit_distill.llm.signals import HiddenSignal, Signal, TopK
 from lit_distill.llm.teachers import TeacherSource
@@ -215,13 +215,13 @@ class KeptTeacher(TeacherSource):
         scored = self.module._data().part(part).rows.scored
         if part not in self._starts:
             self._starts[part] = F.pad(scored.cumsum(0), (1, 0))
-        index = batch.index.cpu()
+        index = batch.index
         counts = scored[index]
         ends = counts.cumsum(0)
         tokens = torch.arange(int(ends[-1])) + (self._starts[part][index] - ends + counts).repeat_interleave(counts)
         if len(tokens) != len(batch.scored):
             raise RuntimeError(f"a batch scores {len(batch.scored)} tokens, its rows have {len(tokens)}")
-        return {name: value.to(batch.index.device) for name, value in store.read(tokens).items()}
+        return {name: sent(value, batch.input_ids.device) for name, value in store.read(tokens).items()}
 
     def opened(self, part: str) -> TokenStore:
         """Opens a part, and makes what is missing of it. Called by all processes.
@@ -348,7 +348,7 @@ class CachedTeacher(KeptTeacher):
         kept = self.read(batch, part)
         if self.keep == "top_k":
             return TopK(kept["ids"].long(), kept["logprobs"].float())
-        device = batch.index.device
+        device = batch.input_ids.device
         if self._head is None or self._head.device != device:
             self._head = self._read_head().to(device)
         return HiddenSignal(kept["hidden"].to(self._head.dtype), self._head)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_distill.core.distiller import Distiller
@@ -113,6 +114,8 @@ class TokenDistiller(Distiller):
         self.taps = FeatureTaps(self.student, ())  # a method may want to see more
         if self.source is not None:
             self.source.attach(self)
+        if self.rollout is not None:
+            self.rollout.attach(self)
 
     def networks(self) -> list[CausalLM]:
         """Returns student and teacher, if there is one."""
@@ -153,6 +156,8 @@ class TokenDistiller(Distiller):
             batch.scored,
             score=partial(self.score, labels=batch.targets, signal=signal, terms=terms, scale=scale),
         )
+        if isinstance(self.teacher, FSDPModule):
+            self.teacher.reshard()  # embeddings and head, whole until here, take no memory in the backward pass
         inside = self.feature_terms(batch, features, scale)
         self.record({name: terms[name][1] * value for name, value in values.items()} | inside)
         return sum(inside.values(), start=loss)
@@ -250,7 +255,7 @@ def shared_vocabulary(networks: list[CausalLM], data: Any) -> int:
     """Returns how many tokens all networks have, and says so once where they have not as many.
 
     Raises:
-        UsageError: The data has tokens that one of the networks lacks.
+        UsageError: The data has tokens or rows that one of the networks cannot take, or one has another tokenizer.
     """
     sizes = [network.vocab_size for network in networks]
     shared = min(sizes)
@@ -260,6 +265,39 @@ def shared_vocabulary(networks: list[CausalLM], data: Any) -> int:
             f"model.{role} has {shared} tokens, the tokenizer of the data {data.vocab_size}; give data.tokenizer the "
             "tokenizer of the networks, and networks that share one"
         )
+    for role, network in zip(("student", "teacher"), networks, strict=False):
+        context = getattr(network.text_config, "max_position_embeddings", None)
+        if context is not None and data.max_length > context:
+            raise UsageError(
+                f"data.max_length is {data.max_length}, more than the context of model.{role}, {context}; lower it"
+            )
+        _check_tokenizer(role, network, getattr(data, "tokenizer", None))
     if max(sizes) > shared:
         rank_zero_info(f"vocabularies of {sizes[0]} and {sizes[-1]} tokens: the first {shared}, which both have, count")
     return shared
+
+
+def _check_tokenizer(role: str, network: CausalLM, tokenizer: Any) -> None:
+    """Compares the tokenizer that lies beside a network with that of the data; either may have more tokens."""
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    if network.name is None or tokenizer is None:
+        return
+    file = cached_file(
+        network.name,
+        "tokenizer.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
+    theirs = {number: token for token, number in Tokenizer.from_file(file).get_vocab().items()}
+    for number in sorted(ours.keys() & theirs.keys()):
+        if ours[number] != theirs[number]:
+            raise UsageError(
+                f"model.{role}: its token {number} is {theirs[number]!r}, that of data.tokenizer {ours[number]!r}; "
+                "losses compare token by token, so give networks of one tokenizer, and data.tokenizer the same"
+            )

@@ -228,6 +228,8 @@ class CausalLM(nn.Module):
             embedded = model.get_input_embeddings()(input_ids)
             parts = [part.to(embedded.dtype) for part in (before, embedded, after) if part is not None]
             given = {"inputs_embeds": torch.cat(parts, 1)}
+        # On a GPU the library waits here once, to see whether a row holds several documents; a mask of ours would
+        # spare that, but also rule out the kernels that know causal attention without one.
         run = decoder(**given, position_ids=position_ids, attention_mask=None, use_cache=False)
         hidden = run.last_hidden_state.flatten(0, 1)
         if scored is not None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lit_distill.core.cache import weights_fingerprint
 from lit_distill.core.errors import UsageError, check_least
+from lit_distill.core.strategies import distributed_rank, gathered
 from lit_distill.llm.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -19,7 +21,13 @@ if TYPE_CHECKING:
 
 
 class Rollout(ABC):
-    """Replaces the completions of a batch, or leaves it as it is."""
+    """Replaces the completions of a batch, or leaves it as it is.
+
+    Sharded networks write together: every process calls `generate` as often as the others.
+    """
+
+    def attach(self, module: "TokenDistiller") -> None:  # noqa: B027 (most need nothing)
+        """Takes what it needs from the networks; called once, while their weights are whole."""
 
     @abstractmethod
     def __call__(self, batch: TokenBatch, module: "TokenDistiller") -> TokenBatch:
@@ -29,7 +37,7 @@ class Rollout(ABC):
         """Learns the student's validation loss, `val/ce`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint has to keep."""
+        """Returns what a checkpoint has to keep, of all processes. Called by each of them."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most remember nothing)
@@ -125,19 +133,26 @@ class AdaptiveReplay(Rollout):
             self.last_loss = loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns phi, the loss that it was last moved by, and the buffer."""
-        return {"phi": self.phi, "last_loss": self.last_loss, "kept": self.kept}
+        """Returns phi, the loss that it was last moved by, and the buffer of each process."""
+        return {"phi": self.phi, "last_loss": self.last_loss, "kept": gathered(self.kept)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes them back."""
-        self.phi, self.last_loss, self.kept = state["phi"], state["last_loss"], state["kept"]
+        """Takes them back. Another number of processes than before deals the rows out anew."""
+        self.phi, self.last_loss, kept = state["phi"], state["last_loss"], state["kept"]
+        rank, world_size = distributed_rank()
+        if len(kept) != world_size:
+            rows = [row for buffer in kept for row in buffer]
+            size = min(len(rows) // world_size, self.buffer)  # the same everywhere: how full it is decides what is done
+            kept = [rows[start * size : (start + 1) * size] for start in range(world_size)]
+        self.kept = kept[rank]
 
 
 class TeacherWritten(Rollout):
     """The teacher writes to each prompt, once; from then on that is what the student learns from.
 
     What was written is appended to a file, one line a row, so that a killed run pays for nothing twice. The file begins
-    with what it was written by; it is refused for another teacher, other data or other settings.
+    with what it was written by; it is refused for another teacher, other data or other settings. Several processes tell
+    each other what they wrote, and the first one keeps it: the file must be one that all of them see.
 
     Args:
         max_new_tokens: Longest completion.
@@ -156,53 +171,72 @@ class TeacherWritten(Rollout):
         self.file = None if file is None else Path(file)
         self._written: dict[int, list[int]] | None = None
 
+    def attach(self, module: "TokenDistiller") -> None:
+        """Takes the teacher's fingerprint."""
+        assert module.teacher is not None
+        self._teacher = weights_fingerprint(module.teacher) if self.file is not None else None
+
     def __call__(self, batch: TokenBatch, module: "TokenDistiller") -> TokenBatch:
         """Lets the teacher write what it has not written yet."""
-        assert module.teacher is not None
         written = self._open(module)
-        prompts = prompts_of(batch)
         index = batch.index.tolist()
-        missing = [place for place, row in enumerate(index) if row not in written]
-        if missing:
-            tokens, mask = module.teacher.generate(
-                [prompts[place] for place in missing],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature or 1.0,
-                greedy=self.temperature is None,
-            )
-            new = {index[place]: row[use].tolist() for place, row, use in zip(missing, tokens, mask, strict=True)}
-            written |= new
-            self._append(new, module.global_rank)
+        # All know the same rows, so all ask until none is missing anywhere, and from then on nobody does.
+        if len(written) < module._data().part_size("train"):
+            self._write([place for place, row in enumerate(index) if row not in written], batch, module)
         rows = [torch.tensor(written[row]) for row in index]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(batch.input_ids.device)
         lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return with_completions(batch, tokens, mask, module)
 
+    def _write(self, missing: list[int], batch: TokenBatch, module: "TokenDistiller") -> None:
+        """Lets the teacher write to some rows of the batch; all processes call it."""
+        assert module.teacher is not None
+        if not any(gathered(bool(missing))):
+            return
+        prompts = prompts_of(batch)
+        asked = missing
+        if not missing and isinstance(module.teacher, FSDPModule):
+            asked = [0]  # its layers run in all processes at once; what it writes here is not kept
+        new: dict[int, list[int]] = {}
+        if asked:
+            tokens, mask = module.teacher.generate(
+                [prompts[place] for place in asked],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature or 1.0,
+                greedy=self.temperature is None,
+            )
+            index = batch.index[missing].tolist()
+            new = {row: text[use].tolist() for row, text, use in zip(index, tokens, mask, strict=False)}
+        for found in gathered(new):
+            self._append(found, module)
+
     def _open(self, module: "TokenDistiller") -> dict[int, list[int]]:
         if self._written is None:
             self._written = {}
-            self._stamp = {
-                **module._data().fingerprint(),
-                "teacher": weights_fingerprint(module.teacher),  # type: ignore[arg-type]  # there is one
-                "max_new_tokens": self.max_new_tokens,
-                "temperature": self.temperature,
-            }
             if self.file is not None:
-                for path in sorted(self.file.parent.glob(f"{self.file.name}*")):
-                    self._written |= read_completions(path, self._stamp)
+                self._stamp = {
+                    **module._data().fingerprint(),
+                    "teacher": self._teacher,
+                    "max_new_tokens": self.max_new_tokens,
+                    "temperature": self.temperature,
+                }
+                if self.file.is_file():
+                    self._written = read_completions(self.file, self._stamp)
         return self._written
 
-    def _append(self, new: dict[int, list[int]], rank: int) -> None:
-        if self.file is None:
+    def _append(self, new: dict[int, list[int]], module: "TokenDistiller") -> None:
+        assert self._written is not None
+        self._written |= new
+        if self.file is None or not new or not module.trainer.is_global_zero:
             return
-        path = self.file.with_name(f"{self.file.name}{f'.{rank}' if rank else ''}")  # each process has its own
-        fresh = not path.is_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        fresh = not self.file.is_file()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
             if fresh:
-                file.write(json.dumps({"made_by": self._stamp}) + "\n")
-            file.writelines(json.dumps([row, tokens]) + "\n" for row, tokens in new.items())
+                file.write(json.dumps({"made_by": self._stamp}))
+            # Each row begins its line, so that what follows a torn one is not lost with it.
+            file.writelines("\n" + json.dumps([row, tokens]) for row, tokens in new.items())
 
 
 def read_completions(path: Path, stamp: Mapping[str, Any]) -> dict[int, list[int]]:
@@ -234,6 +268,8 @@ def read_completions(path: Path, stamp: Mapping[str, Any]) -> dict[int, list[int
 
 def prompts_of(batch: TokenBatch) -> list[list[int]]:
     """Returns what stands in each row before its first scored token.
+
+    Waits for the device, as writing does with every token.
 
     Raises:
         UsageError: A row holds several documents.
@@ -284,13 +320,13 @@ def _from_rows(rows: list[tuple[list[int], list[int], int]], batch: TokenBatch, 
     count = torch.tensor(len(targets), device=device)
     total = int(module.trainer.strategy.reduce(count, reduce_op="sum")) * module.trainer.accumulate_grad_batches
     return TokenBatch(
-        input_ids.to(device),
-        torch.arange(length, device=device).expand(len(rows), -1),
-        torch.tensor(scored, dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor([row for _, _, row in rows], device=device),
+        input_ids,
+        torch.arange(length).expand(len(rows), -1),
+        torch.tensor(scored, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor([row for _, _, row in rows]),
         total,
-    )
+    ).to(device)
 
 
 def _rows(batch: TokenBatch) -> list[tuple[list[int], list[int], int]]:

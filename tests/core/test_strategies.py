@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from lit_distill.cli import main
 from lit_distill.core.strategies import shard
 
 CONFIG = """\
@@ -46,22 +47,59 @@ data:
 """
 
 
+TWO = """\
+from lit_distill.cli import main
+
+fsdp2 = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--run.test", "false"]
+for name, options in {
+    # The teacher cache makes a sharded teacher run outside of training, in both processes.
+    "fsdp2": [*fsdp2, "--model.init_args.teacher_cache", "teacher.safetensors", "--trainer.max_epochs", "2"],
+    "fsdp2-on": [
+        *[*fsdp2, "--trainer.max_epochs", "3", "--trainer.precision", "bf16-mixed"],
+        *["--ckpt_path", "runs/default/fsdp2/checkpoints/last.ckpt"],
+    ],
+    "ddp": ["--trainer.strategy", "ddp", "--trainer.devices", "2"],
+}.items():
+    assert main(["fit", "-c", "small.yaml", "--run.name", name, *options]) == 0, name
+"""
+
+
 @pytest.fixture(scope="module")
-def fit(tmp_path_factory):
-    """Runs the command in processes of its own, and returns step -> row of metrics.csv as numbers."""
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
     (folder / "small.yaml").write_text(CONFIG)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    (folder / "two.py").write_text(TWO)
+    return folder
+
+
+def rows(folder, name):
+    """Step -> row of metrics.csv as numbers."""
+    with (folder / "runs" / "default" / name / "metrics.csv").open() as file:
+        return {int(row["step"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def fit(folder):
+    """Runs the command in this process."""
 
     def run(name, *options):
-        command = [sys.executable, "-m", "lit_distill", "fit", "-c", "small.yaml", "--run.name", name, *options]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        with (folder / "runs" / "default" / name / "metrics.csv").open() as file:
-            return {int(row["step"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("PL_GLOBAL_SEED", "3")  # the command sets it; so it is gone afterwards
+            assert main(["fit", "-c", "small.yaml", "--run.name", name, *options]) == 0
+        return rows(folder, name)
 
-    run.folder = folder / "runs" / "default"
     return run
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Runs three commands one after the other in two processes, which cost more to start than the commands."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "two.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: rows(folder, name) for name in ("fsdp2", "fsdp2-on", "ddp")}
 
 
 def curve(rows, key="train/loss"):
@@ -79,31 +117,21 @@ def test_one_process_learns(alone):
     assert losses[-1] < losses[0]
 
 
-def test_ddp_on_two_processes_is_one_process(fit, alone):
-    two = fit("ddp", "--trainer.strategy", "ddp", "--trainer.devices", "2")
+def test_ddp_on_two_processes_is_one_process(two, alone):
     for key in ("train/loss", "train/kd", "train/hint", "train/ce"):
-        assert curve(two, key) == pytest.approx(curve(alone, key)[:4], abs=1e-5)
-    assert curve(two, "test/acc") != []
+        assert curve(two["ddp"], key) == pytest.approx(curve(alone, key)[:4], abs=1e-5)
+    assert curve(two["ddp"], "test/acc") != []
 
 
-def test_fsdp2_on_two_processes_is_one_process_and_resumes(fit, alone):
-    # The teacher cache makes a sharded teacher run outside of training, in both processes.
-    two = fit(
-        *("fsdp2", "--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--run.test", "false"),
-        *("--model.init_args.teacher_cache", "teacher.safetensors", "--trainer.max_epochs", "2"),
-    )
+def test_fsdp2_on_two_processes_is_one_process_and_resumes(two, alone, folder):
     for key in ("train/loss", "train/kd", "train/hint", "train/ce"):
-        assert curve(two, key) == pytest.approx(curve(alone, key), abs=1e-5)
-    last = next((fit.folder / "fsdp2" / "checkpoints").glob("last.ckpt"))
-    saved = torch.load(last, weights_only=True)
+        assert curve(two["fsdp2"], key) == pytest.approx(curve(alone, key), abs=1e-5)
+    saved = torch.load(folder / "runs/default/fsdp2/checkpoints/last.ckpt", weights_only=True)
     assert saved["iteration"] == 8
     shapes = {key: tuple(value.shape) for key, value in saved["state_dict"].items()}
     assert shapes["student.layer1.0.weight"] == (12, 64)  # whole, not one process's part
     assert not any(key.startswith("teacher") for key in shapes)
-    on = fit(
-        *("fsdp2-on", "--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--trainer.max_epochs", "3"),
-        *("--run.test", "false", "--trainer.precision", "bf16-mixed", "--ckpt_path", str(last)),
-    )
+    on = two["fsdp2-on"]
     assert sorted(on)[0] == 8
     # In bfloat16 from here on: the loss goes on where it was.
     assert on[8]["train/loss"] == pytest.approx(curve(alone)[-1], rel=0.3)

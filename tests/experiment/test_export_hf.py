@@ -77,18 +77,28 @@ def test_the_tokenizer_is_that_of_the_network_a_run_names(tmp_path, tokenizer, w
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_adapters_are_merged(tmp_path, tokenizer, write):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize(
+    "options", [{"lora": {"r": 2, "target_modules": ["q_proj"]}}, {"layers": [0, 2]}], ids=["adapters", "fewer layers"]
+)
+def test_students_that_are_not_as_their_base_speak_too(tmp_path, tokenizer, write, options):
+    from transformers import AutoModelForCausalLM, pipeline
 
-    CausalLM(config=CONFIG).materialize().save_pretrained(tokenizer)
-    arguments = {"name": tokenizer, "lora": {"r": 2, "target_modules": ["q_proj"]}}
+    CausalLM(config=CONFIG | {"num_hidden_layers": 3}).materialize().save_pretrained(tokenizer)
+    arguments = {"name": tokenizer} | options
     network = CausalLM(**arguments).materialize().eval()
     for name, weight in network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
+    base = AutoModelForCausalLM.from_pretrained(tokenizer)
     export(write(network, arguments), str(tmp_path / "out"), "hf")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.allclose(loaded(TOKENS).logits, network.network(TOKENS).logits, atol=1e-5)
+    logits = network.network(TOKENS).logits
+    assert not torch.allclose(base(TOKENS).logits, logits, atol=1e-2)
+    torch.testing.assert_close(loaded(TOKENS).logits, logits, atol=1e-5, rtol=1e-5)
+    speak = pipeline("text-generation", str(tmp_path / "out"))
+    (answer,) = speak("c e h", max_new_tokens=3, do_sample=False, return_full_text=False)
+    expected, _ = network.generate([[3, 5, 8]], max_new_tokens=3, greedy=True, eos=[])
+    assert answer["generated_text"].split() == speak.tokenizer.convert_ids_to_tokens(expected[0].tolist())
 
 
 def test_a_part_of_the_vocabulary_goes_without_tokenizer(tmp_path, tokenizer, write, capsys):

@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -15,8 +16,10 @@ from lit_distill.llm import cached
 from lit_distill.llm.cached import CachedTeacher
 from lit_distill.llm.data import TextDataModule
 from lit_distill.llm.losses import topk_kl
+from lit_distill.llm.methods.first import FIRST
 from lit_distill.llm.methods.kl import ForwardKL
 from lit_distill.llm.methods.supervised import SupervisedFineTuning
+from lit_distill.llm.methods.taid import TAID
 from lit_distill.llm.rollouts import OnPolicy
 from lit_distill.llm.signals import HiddenSignal, TopK
 
@@ -410,3 +413,35 @@ def test_shares_of_processes_are_all_rows(text, tmp_path, monkeypatch):
     with torch.no_grad():
         logits = F.linear(network(batch.input_ids, batch.position_ids, batch.scored), network.network.lm_head.weight)
     torch.testing.assert_close(module.source.signal(batch, "train")[0:999], logits, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (ForwardKL, {"label_weight": 0.5}),
+        (TAID, {}),
+        (FIRST, {"c": 0.5}),
+        (ForwardKL, {"source": {"keep": "hidden"}}),
+        (Sparse, {"source": {"keep": "top_k", "k": 5}}),
+    ],
+    ids=["kl", "taid", "first", "hidden", "top_k"],
+)
+def test_a_step_reads_nothing_from_the_device(text, tmp_path, monkeypatch, method, options):
+    """On the device "meta" there is nothing to read: whoever asks for a value gets an error instead."""
+    source = {"source": CachedTeacher(str(tmp_path / "kept"), **options["source"])} if "source" in options else {}
+    module = method(student(), teacher(), optimizer=sgd, **{**options, **source})
+    runner = trainer(tmp_path, max_steps=1, log_every_n_steps=100)
+    runner.fit(module, text())
+    # The library does read one (see `CausalLM.forward`).
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast does not know the device
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    module.to("meta")
+    batch = next(iter(text().train_dataloader())).to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        batch.scored.tolist()
+    loss = module.training_step(batch, 1)
+    loss.backward()
+    if method is TAID:
+        module.move(loss.detach(), 0.5)
+    assert loss.is_meta

@@ -1,9 +1,6 @@
 """Against the transformers library's own forward, on tiny networks at random."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -496,86 +493,9 @@ def test_tied_weights_stay_tied(tmp_path, tokens, config):
     assert tied(CausalLM(str(tmp_path / "hf")).materialize())
 
 
-# ---- two processes --------------------------------------------------------------------------------------------------
+# ---- sharding -------------------------------------------------------------------------------------------------------
 
 
 def test_blocks_are_the_decoder_layers():
     network = drawn()
     assert _blocks(network) == list(network.network.model.layers)
-
-
-SHARDED = """
-import os
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy, linear
-from lit_distill.core.strategies import full_state, shard
-from lit_distill.llm.network import CausalLM
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
-tokens = torch.load(f"{folder}/tokens.pt")[rank][None]
-end = torch.load(f"{folder}/end.pt")
-
-def score(hidden, head):
-    assert not isinstance(head, DTensor) and head.shape == (61, 16), head.shape
-    return cross_entropy(linear(hidden, head), tokens[0, 1:], reduction="sum")
-
-for name, options in torch.load(f"{folder}/options.pt").items():
-    torch.manual_seed(0)
-    network = CausalLM(f"{folder}/base", **options).materialize()
-    shard(network, mesh)
-    assert type(network.network.model.layers[0]).__name__.startswith("FSDP"), type(network.network.model.layers[0])
-    assert isinstance(network.network.model.embed_tokens.weight, DTensor)
-    # One answer ends before the other.
-    added, mask = network.generate(tokens[:, :3].tolist(), max_new_tokens=6, greedy=True, eos=end)
-    torch.save(added[mask].tolist(), f"{folder}/{name}-added{rank}.pt")
-    loss = network(tokens, None, torch.arange(8), score)
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    found = {key: weight.grad for key, weight in network.named_parameters() if weight.grad is not None}
-    gradients = {key: gradient.full_tensor() for key, gradient in found.items()}
-    state = full_state(network)
-    if rank == 0:
-        torch.save({"loss": total, "gradients": gradients, "state": state}, f"{folder}/{name}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_with_sharded_weights_are_one(tmp_path, tokens, folder):
-    cases = {"plain": {}, "adapters": {"lora": LORA}, "checkpointing": {"gradient_checkpointing": True}}
-    base = CausalLM(folder).materialize().eval()
-    answers = [greedy_without_cache(base, row[:3].tolist(), 6) for row in tokens]
-    end = next(token for token in answers[0][:3] if token not in answers[1][:4])
-    for name, content in (("tokens", tokens), ("options", cases), ("end", end)):
-        torch.save(content, tmp_path / f"{name}.pt")
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "sharded.py"), str(tmp_path)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=180)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(error[-2000:] for error in errors)
-
-    targets, scored = tokens[:, 1:].flatten(), torch.arange(18).view(2, 9)[:, :8].flatten()
-    for name, options in cases.items():
-        torch.manual_seed(0)
-        network = CausalLM(folder, **options).materialize()
-        loss = network(tokens, None, scored, lambda h, w: cross_entropy(linear(h, w), targets, reduction="sum"))
-        loss.backward()
-        two, expected = torch.load(tmp_path / f"{name}.pt"), gradients(network)
-        assert two["loss"] == pytest.approx(loss.item(), abs=1e-4)
-        assert two["gradients"].keys() == expected.keys()
-        for key, gradient in two["gradients"].items():
-            assert torch.allclose(2 * gradient, expected[key], atol=1e-4), (name, key)  # the mean over processes
-        assert two["state"].keys() == network.state_dict().keys()
-        for rank, row in enumerate(answers):
-            length = row.index(end) + 1 if end in row else len(row)
-            assert torch.load(tmp_path / f"{name}-added{rank}.pt") == row[:length]

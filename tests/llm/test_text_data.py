@@ -258,6 +258,7 @@ def test_a_batch_moves_to_another_device_whole(text):
     assert moved.input_ids.is_meta
     assert moved.scored.is_meta
     assert moved.total == batch.total
+    assert moved.index is batch.index  # where a teacher's outputs are looked up
 
 
 # ---- vocabulary and fingerprint ------------------------------------------------------------------------------------

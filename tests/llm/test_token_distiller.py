@@ -1,14 +1,19 @@
 import copy
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from tiny_language import VOCABULARY, Pairs, language_model, pairs, token_batch, trainer
+from tiny_text import TEXTS, tokenizer_folder, write_lines
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lit_distill.core.errors import UsageError
+from lit_distill.llm import rollouts
+from lit_distill.llm.data import TextDataModule
 from lit_distill.llm.evaluation import TokenMetrics, token_facts
 from lit_distill.llm.methods.adaptive_kl import AdaptiveKL, TotalVariation
 from lit_distill.llm.methods.distillm import SkewKL, SkewReverseKL
@@ -18,6 +23,7 @@ from lit_distill.llm.methods.kl import ForwardKL, ReverseKL
 from lit_distill.llm.methods.on_policy import OnPolicyDistillation
 from lit_distill.llm.methods.supervised import SequenceKD, SupervisedFineTuning
 from lit_distill.llm.methods.taid import TAID
+from lit_distill.llm.network import CausalLM
 from lit_distill.llm.rollouts import AdaptiveReplay, OnPolicy, TeacherWritten, prompts_of
 from lit_distill.llm.signals import HiddenSignal, LogitSignal, TopK
 
@@ -116,6 +122,85 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path):
         runner.fit(module, Pairs(batch_size=size, accumulated=accumulated))
     for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Short texts, with a tokenizer that pads with the token of ending."""
+    source = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS[:12]])
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    options = {"source": source, "max_length": 40, "val_share": 0.0, "test_share": 0.0, "batch_size": 2}
+    return lambda **given: TextDataModule(folder, **(options | given))
+
+
+def weights_after_a_step(folder, data, rearrange=lambda batch: batch, **options):
+    """The student's after one step on all training data, and the losses of its batches."""
+    losses = []
+
+    class Rearranged(JSD):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(rearrange(batch), batch_idx)
+            losses.append(float(loss.detach()))
+            return loss
+
+    networks = language_model(0, vocab_size=120), language_model(1, vocab_size=120)
+    module = Rearranged(*networks, label_weight=0.5, optimizer=sgd)
+    trainer(folder, max_steps=1, **options).fit(module, data)
+    return module.student.state_dict(), sum(losses) / len(losses)
+
+
+def padded(batch, side, count=5, token=0):
+    """Rows with more padding, on either side; on the left it is a document of its own, as rows that are packed."""
+    rows, length = batch.input_ids.shape
+    filler = torch.full((rows, count), token)
+    places = torch.arange(count).expand(rows, -1)
+    shift = 0 if side == "right" else count
+    moved = batch.scored + batch.scored // length * count + shift
+    ids, positions = [batch.input_ids, filler], [batch.position_ids, batch.position_ids[:, -1:] + 1 + places]
+    if side == "left":
+        ids, positions = [filler, batch.input_ids], [places, batch.position_ids]
+    return replace(batch, input_ids=torch.cat(ids, 1), position_ids=torch.cat(positions, 1), scored=moved)
+
+
+def test_loss_and_gradient_do_not_depend_on_packing_padding_or_batches(text, tmp_path):
+    """All twelve documents make one step each time."""
+    plain = text(packing="none", batch_size=12)
+    end = plain.tokenizer.eos_token_id
+    assert plain.tokenizer.pad_token_id == end
+    assert (plain.part("train").rows.documents.ids == end).sum() == 12  # it is learned, too
+    wanted, loss = weights_after_a_step(tmp_path, plain)
+    rows = len(text(packing="ffd").part("train").rows)
+    assert rows < 12
+    cases = {
+        "packed": (text(packing="ffd", batch_size=rows), {}),
+        "left": (plain, {"rearrange": lambda batch: padded(batch, "left", token=end)}),
+        "right": (plain, {"rearrange": lambda batch: padded(batch, "right", token=end)}),
+        "accumulated": (text(packing="none", batch_size=3), {"accumulate_grad_batches": 4}),
+    }
+    for name, (data, options) in cases.items():
+        found, again = weights_after_a_step(tmp_path, data, **options)
+        assert again == pytest.approx(loss, rel=1e-5), name
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_of_other_tokenizers_or_short_contexts_are_refused(text, tmp_path):
+    language_model(1, vocab_size=128).save_pretrained(tmp_path / "teacher")  # padded: more tokens
+    other = tokenizer_folder(tmp_path / "other", special=("<|im_end|>", "<|im_start|>"))
+
+    def run(data):
+        module = ForwardKL(language_model(0, vocab_size=120), CausalLM(str(tmp_path / "teacher")))
+        trainer(tmp_path, max_steps=1).fit(module, data)
+
+    run(text())  # nobody knows its tokenizer
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "teacher")
+    run(text())
+    shutil.copy(f"{other}/tokenizer.json", tmp_path / "teacher")
+    said = r"^model.teacher: its token 0 is '<\|im_end\|>', that of data.tokenizer '<\|im_start\|>'; losses compare"
+    with pytest.raises(UsageError, match=said):
+        run(text())
+    with pytest.raises(UsageError, match=r"^data.max_length is 65, more than the context of model.student, 64; lower"):
+        run(text(max_length=65))
 
 
 def test_a_silent_or_absent_teacher_is_refused():
@@ -374,9 +459,16 @@ def test_the_teacher_writes_each_row_once_and_a_killed_run_pays_nothing_twice(tm
 
     run()
     assert sum(calls) == 8
-    file.write_text(file.read_text() + "[3, [1")  # cut off in the middle of a line
+    whole = file.read_text()
+    file.write_text(whole + "\n[3, [1")  # cut off in the middle of a line
     run()
     assert sum(calls) == 8
+    file.write_text(whole[:-2])  # now the cut row is needed; others follow it
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("[0,")))
+    run()
+    assert sum(calls) == 10
+    run()
+    assert sum(calls) == 10
     other = SequenceKD(language_model(0), language_model(5), rollout=TeacherWritten(4, file=str(file)))
     with pytest.raises(UsageError, match=r"rollout.file: .*was written with another teacher"):
         trainer(tmp_path, max_steps=1).fit(other, Pairs())
@@ -409,6 +501,19 @@ def test_replay_grows_where_validation_gets_worse():
     fresh = AdaptiveReplay()
     fresh.load_state_dict(rollout.state_dict())
     assert (fresh.phi, fresh.last_loss) == (rollout.phi, 2.5)
+
+
+@pytest.mark.parametrize(("processes", "mine"), [(2, [3, 4]), (1, [1, 2, 3, 4]), (3, [2])])
+def test_replay_keeps_the_rows_of_all_processes(monkeypatch, processes, mine):
+    """Two saved; as many or another number go on, and all of these have equally many rows."""
+    saved = {"phi": 0.3, "last_loss": 1.0, "kept": [[([1], [9], 1), ([1], [9], 2)], [([1], [9], 3), ([1], [9], 4)]]}
+    monkeypatch.setattr(rollouts, "distributed_rank", lambda: (min(1, processes - 1), processes))
+    rollout = AdaptiveReplay(buffer=4)
+    rollout.load_state_dict(saved)
+    assert [row for _, _, row in rollout.kept] == mine
+    monkeypatch.setattr(rollouts, "gathered", lambda kept: [saved["kept"][0], kept])
+    rollout.kept = saved["kept"][1]
+    assert rollout.state_dict() == saved
 
 
 def test_replay_fills_its_buffer_and_then_serves_from_it(tmp_path):

@@ -116,6 +116,9 @@ class Pairs(LightningDataModule):
     def decode(self, tokens):
         return " ".join(map(str, tokens))
 
+    def part_size(self, part):
+        return len(self.rows)
+
     def fingerprint(self):
         return {"data": str(len(self.rows))}
 

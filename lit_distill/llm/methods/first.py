@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.reference import Reference
+from lit_distill.core.strategies import gathered
 from lit_distill.llm.distillation import TokenDistiller
 from lit_distill.llm.fused import slices
 from lit_distill.llm.losses import calibrate_topk, smooth_topk, topk_kl
@@ -109,7 +110,9 @@ class FIRST(TokenDistiller):
                 right.append(kept.ids[:, 0] == batch.targets[rows])
         if not logprobs:
             raise UsageError("data: there is no validation part to find model.c on; give one, or give model.c")
-        stacked, hits = torch.cat(logprobs), torch.cat(right)
+        # Each process has seen its share; c is that of all.
+        parts = gathered((torch.cat(logprobs).cpu(), torch.cat(right).cpu()))
+        stacked, hits = (torch.cat(found) for found in zip(*parts, strict=True))
         c = search_c(stacked, hits)
         return c, calibration_error(stacked[:, 0].exp(), hits), calibrated_error(stacked, hits, c)
 
