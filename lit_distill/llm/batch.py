@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -32,3 +33,21 @@ class TokenBatch:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.input_ids)
+
+    def take(self, rows: Int[Tensor, " r"], total: int) -> tuple["TokenBatch", Bool[Tensor, " n"]]:
+        """Takes some of the rows.
+
+        Args:
+            rows: (R,) their places, rising.
+            total: Scored tokens in the optimizer step that they make.
+
+        Returns:
+            The rows, and which of the scored tokens (N,) are theirs.
+        """
+        length = self.input_ids.shape[1]
+        owner = self.scored // length
+        kept = torch.isin(owner, rows)
+        scored = torch.searchsorted(rows, owner[kept]) * length + self.scored[kept] % length
+        return TokenBatch(
+            self.input_ids[rows], self.position_ids[rows], scored, self.targets[kept], self.index[rows], total
+        ), kept
