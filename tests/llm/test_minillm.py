@@ -193,30 +193,31 @@ def log_q(network, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_tokens_come_from_the_mixture(share, tmp_path):
+def test_each_token_is_drawn_from_the_mixture(share, tmp_path):
     student, teacher = language_model(0, vocab_size=VOCABULARY + 3), language_model(1, vocab_size=VOCABULARY + 5)
-    for network in (student, teacher):  # even enough that chance has its share
-        network.network.get_output_embeddings().weight.mul_(0.2)
-    draws, prompts = 2000, ([5, 9, 4], [7])  # padded on the left to the same length
-    batch = token_batch([(prompt, [3]) for prompt in prompts for _ in range(draws)])
+    prompts, drawn_from, generate = [prompt for prompt, _ in pairs(8)], [], student.generate
+    assert len({len(prompt) for prompt in prompts}) > 2  # so most are padded on the left
+
+    def recorded(given, *, adjust, **options):
+        def watched(tokens, logits):
+            drawn_from.append(adjust(tokens, logits).softmax(1))
+            return drawn_from[-1].log()
+
+        return generate(given, adjust=watched, **options)
+
+    student.generate = recorded
     torch.manual_seed(0)
-    written = TeacherMixed(share, max_new_tokens=2)(batch, Standing(student, teacher, tmp_path))
+    batch = token_batch([(prompt, [3]) for prompt in prompts])
+    written = TeacherMixed(share, max_new_tokens=6)(batch, Standing(student, teacher, tmp_path))
     lengths = torch.bincount(written.scored // written.input_ids.shape[1])
-    texts = [part.tolist() for part in written.targets.split(lengths.tolist())]
-    for number, prompt in enumerate(prompts):
-
-        def one(tokens):
-            return (1 - share) * log_q(student, tokens).exp() + share * log_q(teacher, tokens).exp()
-
-        first = one(prompt)
-        expected = torch.stack([first[token] * one([*prompt, token]) for token in range(VOCABULARY)])
-        expected[2] = 0
-        expected[2, 0] = first[2]  # the end of text; nothing follows
-        counts = torch.zeros(VOCABULARY, VOCABULARY)
-        for text in texts[number * draws : (number + 1) * draws]:
-            counts[text[0], text[1] if len(text) > 1 else 0] += 1
-        spread = (expected * (1 - expected) / draws).sqrt()
-        assert ((counts / draws - expected).abs() <= 4.5 * spread + 1e-9).all()
+    for row, text in enumerate(written.targets.split(lengths.tolist())):
+        for place in range(len(text)):
+            before = prompts[row] + text[:place].tolist()
+            q, p = (log_q(network, before).exp() for network in (student, teacher))
+            found = drawn_from[place][row]
+            torch.testing.assert_close(found[:VOCABULARY], (1 - share) * q + share * p, rtol=1e-4, atol=1e-6)
+            assert found[VOCABULARY:].tolist() == [0.0] * 3
+    assert len(written.targets) > 30
 
 
 def test_padding_that_is_the_end_of_text_is_not_scored(tmp_path):
