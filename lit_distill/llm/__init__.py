@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from lit_distill.llm.methods.hidden import DistilBERT, MiniLM, TinyBERT
     from lit_distill.llm.methods.kl import ForwardKL, ReverseKL
     from lit_distill.llm.methods.mend import MEND
+    from lit_distill.llm.methods.minillm import MiniLLM
     from lit_distill.llm.methods.on_policy import OnPolicyDistillation
     from lit_distill.llm.methods.speculative import SpeculativeKD
     from lit_distill.llm.methods.supervised import SequenceKD, SupervisedFineTuning
     from lit_distill.llm.methods.taid import TAID
+    from lit_distill.llm.mixed import TeacherMixed
     from lit_distill.llm.network import CausalLM
     from lit_distill.llm.rollouts import AdaptiveReplay, OnPolicy, TeacherWritten
     from lit_distill.llm.served import ServedTeacher
@@ -36,6 +38,7 @@ _MODULES = {
     "GKD": "methods.gkd",
     "JSD": "methods.gkd",
     "MEND": "methods.mend",
+    "MiniLLM": "methods.minillm",
     "MiniLM": "methods.hidden",
     "OnPolicyDistillation": "methods.on_policy",
     "ReverseKL": "methods.kl",
@@ -56,6 +59,7 @@ _MODULES = {
     "CausalLM": "network",
     "ChatDataModule": "data",
     "OnPolicy": "rollouts",
+    "TeacherMixed": "mixed",
     "TeacherWritten": "rollouts",
     "TextDataModule": "data",
     "TokenBatch": "batch",
@@ -70,6 +74,7 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "GKD",
     "JSD",
     "MEND",
+    "MiniLLM",
     "MiniLM",
     "OnPolicyDistillation",
     "ReverseKL",
@@ -89,6 +94,7 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "ServedTeacher",
     "SpeculativeRollout",
     "TaskDemonstrations",
+    "TeacherMixed",
     "TeacherWritten",
     "TextDataModule",
     "TextDemonstrations",

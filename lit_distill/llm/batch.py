@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -40,6 +40,24 @@ class TokenBatch:
         """Returns the batch on a device, all but `index`. Lightning calls this."""
         names = ("input_ids", "position_ids", "scored", "targets")
         return replace(self, **{name: sent(getattr(self, name), torch.device(device)) for name in names})
+
+    def take(self, rows: Int[Tensor, " r"], total: int) -> tuple["TokenBatch", Bool[Tensor, " n"]]:
+        """Takes some of the rows.
+
+        Args:
+            rows: (R,) their places, rising.
+            total: Scored tokens in the optimizer step that they make.
+
+        Returns:
+            The rows, and which of the scored tokens (N,) are theirs.
+        """
+        length = self.input_ids.shape[1]
+        owner = self.scored // length
+        kept = torch.isin(owner, rows)
+        scored = torch.searchsorted(rows, owner[kept]) * length + self.scored[kept] % length
+        return TokenBatch(
+            self.input_ids[rows], self.position_ids[rows], scored, self.targets[kept], self.index[rows.to(self.index.device)], total
+        ), kept
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -21,11 +21,11 @@ from lit_distill.core.optimizers import MatrixDecayAdamW
 from lit_distill.core.taps import FeatureTaps
 from lit_distill.llm.batch import TokenBatch
 from lit_distill.llm.evaluation import TokenMetrics, token_facts
-from lit_distill.llm.fused import Terms, score_tokens
+from lit_distill.llm.fused import Sliced, Terms, score_tokens
 from lit_distill.llm.losses import cross_entropy
 from lit_distill.llm.network import CausalLM
 from lit_distill.llm.rollouts import Rollout
-from lit_distill.llm.signals import Signal, Target
+from lit_distill.llm.signals import Target
 from lit_distill.llm.teachers import OnlineTeacher, TeacherSource
 
 
@@ -148,6 +148,18 @@ class TokenDistiller(Distiller):
         terms = self.loss_terms()
         # The teacher first: what it used is free again before the student's activations are kept.
         signal = self.source.signal(batch, "train") if self.source is not None and "match" in terms else None
+        loss, found = self.weigh(batch, signal, terms)
+        self.record(found)
+        return loss
+
+    def weigh(self, batch: TokenBatch, signal: Sliced | None, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+        """Runs the student on a batch, and returns its loss and the weighted terms of that.
+
+        Args:
+            batch: The batch.
+            signal: What the terms are told of its scored tokens.
+            terms: Token losses with their weights.
+        """
         # Gradients are averaged over processes and accumulated batches afterwards; the sum is wanted.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches / max(batch.total, 1)
         (loss, values), features = self.taps(
@@ -159,8 +171,8 @@ class TokenDistiller(Distiller):
         if isinstance(self.teacher, FSDPModule):
             self.teacher.reshard()  # embeddings and head, whole until here, take no memory in the backward pass
         inside = self.feature_terms(batch, features, scale)
-        self.record({name: terms[name][1] * value for name, value in values.items()} | inside)
-        return sum(inside.values(), start=loss)
+        found = {name: terms[name][1] * value for name, value in values.items()} | inside
+        return sum(inside.values(), start=loss), found
 
     def feature_terms(self, batch: TokenBatch, features: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """Returns weighted terms of what `taps` saw inside the student.
@@ -199,7 +211,7 @@ class TokenDistiller(Distiller):
             self.rollout.load_state_dict(checkpoint.get("rollout", {}))
 
     def score(
-        self, hidden: Tensor, weight: Tensor, *, labels: Tensor, signal: Signal | None, terms: Terms, scale: float
+        self, hidden: Tensor, weight: Tensor, *, labels: Tensor, signal: Sliced | None, terms: Terms, scale: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss from hidden states (N, H) and the head (V, H), of which the shared part is taken."""
         return score_tokens(hidden, weight[: self.vocab_size], labels, signal, terms, scale=scale)

@@ -1,7 +1,7 @@
 """Head and losses in one: slices of tokens go through both, and logits of all tokens never exist."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_distill.llm.signals import Signal
+
+@runtime_checkable
+class Sliced(Protocol):
+    """What token losses are told beside logits and labels, of N tokens: a teacher's signal, or facts about samples."""
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """Returns what is known of some tokens."""
+
 
 TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
 """(student_logits (n, V), target, labels (n,)) -> (n,); the target is a slice of the signal, or None without one."""
@@ -42,7 +49,7 @@ def score_tokens(
     hidden: Float[Tensor, "n h"],
     weight: Float[Tensor, "v h"],
     labels: Int[Tensor, " n"],
-    signal: Signal | None,
+    signal: Sliced | None,
     terms: Mapping[str, tuple[TokenLoss, float]],
     *,
     scale: float,
@@ -61,7 +68,8 @@ def score_tokens(
         hidden: (N, H) of the scored tokens; N may be 0.
         weight: (V, H) the head. If it is frozen, its gradient costs nothing.
         labels: (N,) tokens that are predicted.
-        signal: What the teacher said about these N tokens; None for losses that need labels alone.
+        signal: What the teacher said about these N tokens, or what else losses want to know of them; None for losses
+            that need labels alone.
         terms: Token losses by name, with weights. One of weight 0 is only reported.
         scale: Factor in front of all sums, such as 1 / tokens in the step.
         chunk: Tokens in a slice, see `slices`. In resident memory a pass takes some 13 (forward KL) to 26 (generalized
@@ -71,10 +79,7 @@ def score_tokens(
         The weighted sum of all terms, scalar; and the sum over tokens of each, with `scale` but without its weight.
     """
     wants = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    exact = torch.promote_types(dtype, torch.float32)
-
+    dtype, exact = _types(hidden)
     head = weight.detach().to(dtype)
     grad_hidden = torch.zeros_like(hidden, requires_grad=False) if wants[0] else None
     grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants[1] else None
@@ -102,6 +107,36 @@ def score_tokens(
     if any(wants):
         total = _WithGradients.apply(total, hidden, weight, grad_hidden, grad_weight)
     return total, sums
+
+
+@torch.no_grad()
+def label_logprobs(
+    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Computes log-probabilities of tokens, slice by slice, from the same logits as `score_tokens`.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H) the head.
+        labels: (N,) tokens.
+
+    Returns:
+        (N,), without a gradient.
+    """
+    dtype, exact = _types(hidden)
+    head = weight.to(dtype)
+    found = torch.empty(len(labels), dtype=exact, device=hidden.device)
+    for rows in slices(len(labels), len(weight)):
+        logits = F.linear(hidden[rows].to(dtype), head).to(exact)
+        found[rows] = -F.cross_entropy(logits, labels[rows], reduction="none")
+    return found
+
+
+def _types(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Returns the types of products with the head, and of losses."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return dtype, torch.promote_types(dtype, torch.float32)
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, states: Tensor) -> None:

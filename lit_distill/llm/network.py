@@ -246,6 +246,7 @@ class CausalLM(nn.Module):
         greedy: bool = False,
         seed: int | None = None,
         eos: int | Sequence[int] | None = None,
+        adjust: Callable[[Int[Tensor, "b l"], Float[Tensor, "b v"]], Float[Tensor, "b v"]] | None = None,
     ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
         """Continues prompts, in eval mode and with the cache of keys and values, whatever training does.
 
@@ -258,6 +259,8 @@ class CausalLM(nn.Module):
             greedy: Whether to take the most probable token instead of sampling.
             seed: Of the sampling; the state of torch's generators is left as it was. They are drawn from if None.
             eos: Tokens that end an answer; those of the network if None.
+            adjust: Takes prompts with what was added so far (B, L) and the logits of what is next (B, V), and returns
+                the logits to sample from.
 
         Returns:
             The tokens added (B, n), n <= `max_new_tokens`, and a mask that is True up to the first token that ends
@@ -267,7 +270,7 @@ class CausalLM(nn.Module):
             UsageError: A prompt is empty, or does not fit the context together with its answer; a temperature that
                 is not positive.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList
 
         model = self._model
         device = model.get_output_embeddings().weight.device
@@ -307,6 +310,7 @@ class CausalLM(nn.Module):
                     tokens.to(device),
                     attention_mask=mask.to(device).long(),
                     generation_config=plan,
+                    logits_processor=None if adjust is None else LogitsProcessorList([adjust]),
                     # Every process runs the sharded layers as often as the others, however early its answers end.
                     synced_gpus=isinstance(self, FSDPModule),
                 )

@@ -1,7 +1,6 @@
 """Interleaved sampling: the student writes, and the teacher replaces each token that it finds out of place."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from lit_distill.core.errors import UsageError, check_least
 from lit_distill.llm.batch import TokenBatch
 from lit_distill.llm.network import CausalLM, pad_left
+from lit_distill.llm.reading import Reader, check_reading, resting
 from lit_distill.llm.rollouts import Rollout, prompts_of, with_completions
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def interleave(
             all that was written.
     """
     for network in (student, teacher):
-        _check(network, max(map(len, prompts)) + max_new_tokens)
+        check_reading(network, max(map(len, prompts)) + max_new_tokens)
     vocab_size = student.vocab_size if vocab_size is None else vocab_size
     prompt, valid = (x.to(student.network.device) for x in pad_left(prompts))
     rows = torch.arange(len(prompt), device=prompt.device)
@@ -118,14 +118,14 @@ def interleave(
     count, done = rows.new_zeros(len(prompt)), valid.new_zeros(len(prompt))
     steps = torch.arange(draft, device=prompt.device)
 
-    with _resting(student), _resting(teacher):
+    with resting(student), resting(teacher):
         # Both have read all but the last token. What was refused stays in their memory, where nothing looks at it:
         # so all rows' memories are of one length, however far each row has come.
-        writers = [_Reader(student), _Reader(teacher)]
+        writers = [Reader(student), Reader(teacher)]
         seen, last = valid[:, :-1], prompt[:, -1:]
         if seen.shape[1]:
             for writer in writers:
-                writer.read(prompt[:, :-1], seen)
+                writer.read(prompt[:, :-1], seen, keep=1)
         while not bool(done.all()):
             given = [last]
             for step in range(draft):
@@ -159,66 +159,12 @@ def interleave(
     return tokens, inside & (closing.cumsum(1) - closing == 0), replaced
 
 
-class _Reader:
-    """A network with its memory of keys and values."""
-
-    def __init__(self, network: CausalLM) -> None:
-        from transformers import DynamicCache
-
-        self._network = network.network
-        self._memory = DynamicCache()
-
-    def read(self, tokens: Int[Tensor, "b m"], visible: Bool[Tensor, "b l"]) -> Float[Tensor, "b m v"]:
-        """Reads some tokens more, and returns logits behind each.
-
-        Args:
-            tokens: (B, M).
-            visible: (B, L) which tokens of the memory, these at its end, are part of the text.
-        """
-        positions = (visible.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        return self._network(
-            input_ids=tokens,
-            attention_mask=visible.long(),
-            position_ids=positions,
-            past_key_values=self._memory,
-            use_cache=True,
-        ).logits
-
-
 def _draw_likely(logits: Float[Tensor, "b v"], k: int, temperature: float) -> Int[Tensor, " b"]:
     """Draws from the k likeliest tokens."""
     best, ids = logits.topk(min(k, logits.shape[1]))
     return ids.gather(1, torch.multinomial((best / temperature).softmax(-1), 1))[:, 0]
 
 
-def _check(network: CausalLM, length: int) -> None:
-    config = network.text_config
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise UsageError(
-            f"rollout.max_new_tokens: a prompt and its answer come to {length} tokens, more than the context of "
-            f"{context}; lower it, or data.max_length"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        raise UsageError(
-            f"rollout: layers of {config.model_type} are {', '.join(sorted(kinds))}, and speculative rollouts want "
-            "attention to all that was written; take lit_distill.llm.OnPolicy"
-        )
-
-
 def _ends(network: CausalLM) -> list[int]:
     ends: Any = network.network.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-@contextmanager
-def _resting(network: CausalLM) -> Iterator[None]:
-    """Puts a network into eval mode: no dropout, and no checkpoints of activations, which would forbid the memory."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
