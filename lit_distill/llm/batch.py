@@ -56,7 +56,12 @@ class TokenBatch:
         kept = torch.isin(owner, rows)
         scored = torch.searchsorted(rows, owner[kept]) * length + self.scored[kept] % length
         return TokenBatch(
-            self.input_ids[rows], self.position_ids[rows], scored, self.targets[kept], self.index[rows.to(self.index.device)], total
+            self.input_ids[rows],
+            self.position_ids[rows],
+            scored,
+            self.targets[kept],
+            self.index[rows.to(self.index.device)],
+            total,
         ), kept
 
 
