@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -100,19 +101,25 @@ class TokenDistiller(Distiller):
 
     def build(self) -> None:
         """Loads the networks, and cuts them to the tokens that they and the data share."""
-        data = self._data()
         for network in self.networks():
             network.materialize()
-            if getattr(data, "vocabulary", None) is not None:
-                network.restrict(data.vocabulary)
         if self.teacher is not None:
             freeze(self.teacher)
-        self.vocab_size = shared_vocabulary(self.networks(), data)
+        self.vocab_size = self.fit_vocabularies(self._data())
         self.val_metrics = TokenMetrics("val/")
         self.test_metrics = TokenMetrics("test/")
         self.taps = FeatureTaps(self.student, ())  # a method may want to see more
         if self.source is not None:
             self.source.attach(self)
+
+    def fit_vocabularies(self, data: Any) -> int:
+        """Brings networks and data to the same tokens, and returns how many these are."""
+        if self.teacher is not None:
+            check_tokenizer(self.teacher, "teacher", data)
+        if getattr(data, "vocabulary", None) is not None:
+            for network in self.networks():
+                network.restrict(data.vocabulary)
+        return shared_vocabulary(self.networks(), data)
 
     def networks(self) -> list[CausalLM]:
         """Returns student and teacher, if there is one."""
@@ -233,13 +240,17 @@ class TokenDistiller(Distiller):
         if self.sample_tokens:
             self.panels["text"] = self.samples()
 
+    def writers(self) -> list[CausalLM]:
+        """Returns the networks that continue prompts in the data's tokens."""
+        return self.networks()
+
     @torch.no_grad()
     def samples(self) -> list[dict[str, str]]:
         """Lets student and teacher continue three prompts of the validation part, word for word the likeliest."""
         data = self._data()
         prompts = data.prompts("val", 3)
         found = [{"prompt": data.decode(prompt)} for prompt in prompts]
-        for name, network in zip(("student", "teacher"), self.networks(), strict=False):
+        for name, network in zip(("student", "teacher"), self.writers(), strict=False):
             tokens, mask = network.generate(prompts, max_new_tokens=self.sample_tokens, greedy=True)
             for entry, row, kept in zip(found, tokens, mask, strict=True):
                 entry[name] = data.decode(row[kept].tolist())
@@ -258,8 +269,33 @@ def shared_vocabulary(networks: list[CausalLM], data: Any) -> int:
         role = "student" if sizes[0] == shared else "teacher"
         raise UsageError(
             f"model.{role} has {shared} tokens, the tokenizer of the data {data.vocab_size}; give data.tokenizer the "
-            "tokenizer of the networks, and networks that share one"
+            "tokenizer of the networks, and networks that share one; for a teacher with another, take "
+            "lit_distill.llm.ULD"
         )
     if max(sizes) > shared:
         rank_zero_info(f"vocabularies of {sizes[0]} and {sizes[-1]} tokens: the first {shared}, which both have, count")
     return shared
+
+
+def check_tokenizer(network: CausalLM, role: str, data: Any, key: str = "tokenizer") -> None:
+    """Checks that a network which lies in a folder with its tokenizer is fed with that tokenizer's tokens.
+
+    One may have tokens more than the other, as padding; all others have the same number in both.
+
+    Raises:
+        UsageError: They have not.
+    """
+    folder, name = network.name, getattr(data, "tokenizer_name", None)
+    if folder is None or name is None or folder == name or not (Path(folder).expanduser() / "tokenizer.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(str(Path(folder).expanduser())).get_vocab().items()
+    given = data.tokenizer.get_vocab().items()
+    if not (own <= given or given <= own):
+        remedy = (
+            "give the teacher's own"
+            if key != "tokenizer"
+            else f"for a teacher with another one, take lit_distill.llm.ULD and give data.teacher_tokenizer {folder}"
+        )
+        raise UsageError(f"data.{key}: {name} numbers tokens otherwise than model.{role} ({folder}); {remedy}")
