@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer: it reads its own tokens, and its word is cut into slices together with the student's."""
+"""A teacher with another tokenizer: it reads its own tokens, and is cut into slices together with the student."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

@@ -96,7 +96,9 @@ def turn_marks(spans: Int[np.ndarray, "n 2"], said: Any, text: str, contents: li
             marks[before[-1]] = turn * TURN
         after = int(np.searchsorted(np.maximum.accumulate(spans[:, 0]), behind))
         if 0 < after < len(spans) and said[after - 1] and said[after]:
-            marks[after] = turn * TURN + len(content) + 1
+            silent = np.flatnonzero(~said[after:])
+            ending = after + int(silent[0]) - 1 if len(silent) else len(spans) - 1
+            marks[ending] = turn * TURN + len(content) + 1
     return marks
 
 

@@ -55,10 +55,12 @@ class TokenLoader(EpochLoader):
         sampler: The order of rows.
         batch_size: Rows per step over all ranks.
         padding: The token behind the end of a row.
-        paired: The rows in the teacher's tokens.
-        teacher_padding: The token behind the end of these.
         step: Says of a batch's number which batches make one optimizer step with it. None: each is one.
         kwargs: See `EpochLoader`.
+
+    Attributes:
+        paired: The rows in the teacher's tokens, if it has a tokenizer of its own.
+        teacher_padding: The token behind the end of these.
     """
 
     def __init__(
@@ -68,16 +70,14 @@ class TokenLoader(EpochLoader):
         batch_size: int,
         *,
         padding: int,
-        paired: PairedRows | None = None,
-        teacher_padding: int = 0,
         step: Callable[[int], range] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(sampler, batch_size, **kwargs)
         self.rows = rows
         self.padding = padding
-        self.paired = paired
-        self.teacher_padding = teacher_padding
+        self.paired: PairedRows | None = None
+        self.teacher_padding = 0
         self.step = step or (lambda number: range(number, number + 1))
 
     def _batches(self, epoch: int, start: int) -> Iterator[TokenBatch]:
@@ -366,8 +366,9 @@ class TokenDataModule(EpochDataModule[Any]):
         Its batches are in the main memory, where what is scored is found without waiting for a device.
         """
         found: TokenPart = self.part(part)
-        teacher = {} if found.paired is None else {"paired": found.paired, "teacher_padding": self.teacher.padding}
-        loader = TokenLoader(found.rows, padding=self.padding, **teacher, **sampling)
+        loader = TokenLoader(found.rows, padding=self.padding, **sampling)
+        if found.paired is not None:
+            loader.paired, loader.teacher_padding = found.paired, self.teacher.padding
         if training:
             loader.step = lambda number: self._step(number, len(loader))
         return loader

@@ -20,6 +20,7 @@ from lit_distill.llm.fused import Terms, score_tokens
 from lit_distill.llm.network import CausalLM
 from lit_distill.llm.pairing import MergedGroups, PairedSignal, PairedTeacher, prepare
 from lit_distill.llm.signals import Signal
+from lit_distill.llm.teachers import OnlineTeacher
 from lit_distill.llm.vocabularies import TokenMatch, gold, match_tokens, merge_groups, sorted_l1
 
 
@@ -66,13 +67,14 @@ class ULD(TokenDistiller):
         alignment: Literal["index", "text"] = "index",
         **kwargs: Any,
     ) -> None:
-        for key in ("source", "rollout"):
-            if kwargs.get(key) is not None:
+        super().__init__(student, teacher, teacher_weight, label_weight, **kwargs)
+        for key, given in (("source", type(self.source) is not OnlineTeacher), ("rollout", self.rollout is not None)):
+            if given:
                 raise UsageError(
                     f"model.{key}: {type(self).__name__} needs the teacher's own tokens of the data, which this does "
                     "not give; leave it out"
                 )
-        super().__init__(student, teacher, teacher_weight, label_weight, **kwargs | {"source": PairedTeacher()})
+        self.source = PairedTeacher()
         self.alignment = alignment
 
     def distance(
@@ -143,6 +145,7 @@ class ULD(TokenDistiller):
         """Adds a batch to metrics."""
         assert self.source is not None
         signal = self.source.signal(batch, part)
+        assert isinstance(signal, PairedSignal)
         metrics.update(
             self.student(
                 batch.input_ids,
@@ -164,7 +167,7 @@ class ULD(TokenDistiller):
 
 
 class GOLD(ULD):
-    r"""General online logit distillation: tokens that both vocabularies have are compared as they are, the rest by rank.
+    r"""General online logit distillation: tokens that both have are compared as they are, the rest by rank.
 
     .. math:: L = \frac1N \Big( \gamma \sum_i -\log q_i(y_i) + w \sum_g \big( s \, \mathrm{JSD}_\beta + (1 - s) \,
         \mathrm{ULD} \big) \Big)
