@@ -17,12 +17,14 @@ from lit_distill.experiment.methods import find_methods
 from lit_distill.experiment.recipe import read_recipe
 from lit_distill.graph import GraphNetwork
 from lit_distill.image.models import ConvNet, LeNet, ResNetCIFAR
+from lit_distill.llm.small_tokenizer import small_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NODES = {"glnn", "glnn_small", "nodes_small"}  # nodes of one graph are the samples
 DOMAINS = ("image", "graph", "dataset", "llm")
 MADE_WITHIN = ("mend", "mend_small")  # the method builds its student around the network that is given
 SMOLLM2 = "models/smollm2"  # the teacher of small language runs
+TOKENIZER = "models/tokenizer1k"  # and that of students with another tokenizer
 METHODS = sorted(path for domain in DOMAINS for path in (ROOT / "configs" / domain).glob("*.yaml"))
 RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 SMALL = [path for path in METHODS if path.stem.endswith("_small")]
@@ -68,6 +70,7 @@ def teachers(tmp_path_factory):
     spec = {"class_path": "torch_geometric.nn.models.GraphSAGE", "init_args": sage}
     save_student(GraphSAGE(**sage).state_dict(), spec, folder / "nodes/student")
     save_language_model(folder / "language")
+    small_tokenizer(folder / "tokenizer1k")
     return folder
 
 
@@ -116,6 +119,8 @@ def with_weights(config, weights):
         return [with_weights(item, weights) for item in config]
     if config == SMOLLM2:
         return weights
+    if config == TOKENIZER:
+        return str(Path(weights).parent / "tokenizer1k")
     if not isinstance(config, dict):
         return config
     return {key: weights if key == "weights" else with_weights(value, weights) for key, value in config.items()}
@@ -158,7 +163,8 @@ def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_pa
     if path.stem == "mend_small":
         assert {"test/kl", "test/kl_without"} <= set(summary["metrics"])
     elif path.parent.name == "llm":
-        assert {"test/ce", "test/acc", "test/ece", "test/kl", "val/ce"} <= set(summary["metrics"])
+        teacher = "test/match" if path.stem in ("gold_small", "uld_small") else "test/kl"
+        assert {"test/ce", "test/acc", "test/ece", teacher, "val/ce"} <= set(summary["metrics"])
     else:
         assert {"test/acc", "test/ece", "test/nll", "val/acc"} <= set(summary["metrics"])
     if path.stem in NODES:

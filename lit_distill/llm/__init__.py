@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lit_distill.llm.methods.speculative import SpeculativeKD
     from lit_distill.llm.methods.supervised import SequenceKD, SupervisedFineTuning
     from lit_distill.llm.methods.taid import TAID
+    from lit_distill.llm.methods.uld import GOLD, ULD
     from lit_distill.llm.mixed import TeacherMixed
     from lit_distill.llm.network import CausalLM
     from lit_distill.llm.rollouts import AdaptiveReplay, OnPolicy, TeacherWritten
@@ -36,6 +37,7 @@ _MODULES = {
     "FIRST": "methods.first",
     "ForwardKL": "methods.kl",
     "GKD": "methods.gkd",
+    "GOLD": "methods.uld",
     "JSD": "methods.gkd",
     "MEND": "methods.mend",
     "MiniLLM": "methods.minillm",
@@ -54,6 +56,7 @@ _MODULES = {
     "TAID": "methods.taid",
     "TinyBERT": "methods.hidden",
     "TotalVariation": "methods.adaptive_kl",
+    "ULD": "methods.uld",
     "AdaptiveReplay": "rollouts",
     "CachedTeacher": "cached",
     "CausalLM": "network",
@@ -72,6 +75,7 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "FIRST",
     "ForwardKL",
     "GKD",
+    "GOLD",
     "JSD",
     "MEND",
     "MiniLLM",
@@ -86,6 +90,7 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "TAID",
     "TinyBERT",
     "TotalVariation",
+    "ULD",
     "AdaptiveReplay",
     "CachedTeacher",
     "CausalLM",

@@ -5,7 +5,56 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
+
+
+@dataclass
+class PairedTokens:
+    """Rows once more in the tokens of a teacher that has another tokenizer, and which tokens cover the same text.
+
+    A group is one or several scored tokens of the student one after another, and the teacher's for the same text.
+
+    Attributes:
+        input_ids: (B, T') tokens, with the documents of the student's rows in the same rows.
+        position_ids: (B, T') place in the document, as in `TokenBatch`.
+        scored: (M,) flat positions whose hidden state predicts a token of a group.
+        targets: (M,) these tokens, group after group.
+        begins: (G,) the first of the student's scored tokens in each group, rising.
+        sizes: (G,) the number of its student tokens.
+        teacher_sizes: (G,) the number of its teacher tokens; they sum to M.
+        runs: (G,) equal where groups follow one another without a token between them.
+    """
+
+    input_ids: Int[Tensor, "b t"]
+    position_ids: Int[Tensor, "b t"]
+    scored: Int[Tensor, " m"]
+    targets: Int[Tensor, " m"]
+    begins: Int[Tensor, " g"]
+    sizes: Int[Tensor, " g"]
+    teacher_sizes: Int[Tensor, " g"]
+    runs: Int[Tensor, " g"]
+
+    def by_index(self) -> "PairedTokens":
+        """Pairs tokens by number: in each run the first with the first, and so on until one side has no more."""
+        _, counts = self.runs.unique_consecutive(return_counts=True)
+        first = counts.cumsum(0) - counts
+        run = torch.arange(len(counts)).repeat_interleave(counts)
+        ours, theirs = (torch.zeros_like(counts).index_add(0, run, sizes) for sizes in (self.sizes, self.teacher_sizes))
+        pairs = torch.minimum(ours, theirs)
+        within = torch.arange(int(pairs.sum())) - (pairs.cumsum(0) - pairs).repeat_interleave(pairs)
+        teacher = (self.teacher_sizes.cumsum(0) - self.teacher_sizes)[first].repeat_interleave(pairs) + within
+        ones = torch.ones_like(within)
+        return PairedTokens(
+            self.input_ids,
+            self.position_ids,
+            self.scored[teacher],
+            self.targets[teacher],
+            begins=self.begins[first].repeat_interleave(pairs) + within,
+            sizes=ones,
+            teacher_sizes=ones,
+            runs=self.runs[first].repeat_interleave(pairs),
+        )
 
 
 @dataclass
@@ -23,6 +72,7 @@ class TokenBatch:
             memory, where these are looked up: to read them from a device would be to wait for all it has still to do.
         total: Scored tokens in the whole optimizer step: of all processes, and of all batches whose gradients are
             accumulated. A loss is a sum over tokens, divided by this; so it is the same however a step is cut up.
+        paired: The same rows in the teacher's tokens, if the data were asked for them.
     """
 
     input_ids: Int[Tensor, "b t"]
@@ -31,6 +81,7 @@ class TokenBatch:
     targets: Int[Tensor, " n"]
     index: Int[Tensor, " b"]
     total: int
+    paired: PairedTokens | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -39,7 +90,8 @@ class TokenBatch:
     def to(self, device: torch.device | str, **_options: Any) -> "TokenBatch":
         """Returns the batch on a device, all but `index`. Lightning calls this."""
         names = ("input_ids", "position_ids", "scored", "targets")
-        return replace(self, **{name: sent(getattr(self, name), torch.device(device)) for name in names})
+        there = {name: sent(getattr(self, name), torch.device(device)) for name in names}
+        return replace(self, **there, paired=move_data_to_device(self.paired, torch.device(device)))
 
     def take(self, rows: Int[Tensor, " r"], total: int) -> tuple["TokenBatch", Bool[Tensor, " n"]]:
         """Takes some of the rows.

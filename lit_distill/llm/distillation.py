@@ -101,14 +101,11 @@ class TokenDistiller(Distiller):
 
     def build(self) -> None:
         """Loads the networks, and cuts them to the tokens that they and the data share."""
-        data = self._data()
         for network in self.networks():
             network.materialize()
-            if getattr(data, "vocabulary", None) is not None:
-                network.restrict(data.vocabulary)
         if self.teacher is not None:
             freeze(self.teacher)
-        self.vocab_size = shared_vocabulary(self.networks(), data)
+        self.vocab_size = self.fit_vocabularies(self._data())
         self.val_metrics = TokenMetrics("val/")
         self.test_metrics = TokenMetrics("test/")
         self.taps = FeatureTaps(self.student, ())  # a method may want to see more
@@ -116,6 +113,13 @@ class TokenDistiller(Distiller):
             self.source.attach(self)
         if self.rollout is not None:
             self.rollout.attach(self)
+
+    def fit_vocabularies(self, data: Any) -> int:
+        """Brings networks and data to the same tokens, and returns how many these are."""
+        if getattr(data, "vocabulary", None) is not None:
+            for network in self.networks():
+                network.restrict(data.vocabulary)
+        return shared_vocabulary(self.networks(), data)
 
     def networks(self) -> list[CausalLM]:
         """Returns student and teacher, if there is one."""
@@ -250,13 +254,17 @@ class TokenDistiller(Distiller):
         if self.sample_tokens:
             self.panels["text"] = self.samples()
 
+    def writers(self) -> list[CausalLM]:
+        """Returns the networks that continue prompts in the data's tokens."""
+        return self.networks()
+
     @torch.no_grad()
     def samples(self) -> list[dict[str, str]]:
         """Lets student and teacher continue three prompts of the validation part, word for word the likeliest."""
         data = self._data()
         prompts = data.prompts("val", 3)
         found = [{"prompt": data.decode(prompt)} for prompt in prompts]
-        for name, network in zip(("student", "teacher"), self.networks(), strict=False):
+        for name, network in zip(("student", "teacher"), self.writers(), strict=False):
             tokens, mask = network.generate(prompts, max_new_tokens=self.sample_tokens, greedy=True)
             for entry, row, kept in zip(found, tokens, mask, strict=True):
                 entry[name] = data.decode(row[kept].tolist())
@@ -275,7 +283,8 @@ def shared_vocabulary(networks: list[CausalLM], data: Any) -> int:
         role = "student" if sizes[0] == shared else "teacher"
         raise UsageError(
             f"model.{role} has {shared} tokens, the tokenizer of the data {data.vocab_size}; give data.tokenizer the "
-            "tokenizer of the networks, and networks that share one"
+            "tokenizer of the networks, and networks that share one; for a teacher with another, take "
+            "lit_distill.llm.ULD"
         )
     for role, network in zip(("student", "teacher"), networks, strict=False):
         context = getattr(network.text_config, "max_position_embeddings", None)
@@ -283,17 +292,22 @@ def shared_vocabulary(networks: list[CausalLM], data: Any) -> int:
             raise UsageError(
                 f"data.max_length is {data.max_length}, more than the context of model.{role}, {context}; lower it"
             )
-        _check_tokenizer(role, network, getattr(data, "tokenizer", None))
+        check_tokenizer(role, network, data)
     if max(sizes) > shared:
         rank_zero_info(f"vocabularies of {sizes[0]} and {sizes[-1]} tokens: the first {shared}, which both have, count")
     return shared
 
 
-def _check_tokenizer(role: str, network: CausalLM, tokenizer: Any) -> None:
-    """Compares the tokenizer that lies beside a network with that of the data; either may have more tokens."""
+def check_tokenizer(role: str, network: CausalLM, data: Any, key: str = "tokenizer") -> None:
+    """Compares the tokenizer that lies beside a network with that of the data; either may have more tokens.
+
+    Raises:
+        UsageError: A number stands for different tokens in them.
+    """
     from tokenizers import Tokenizer
     from transformers.utils import cached_file
 
+    tokenizer = getattr(data, "tokenizer", None)
     if network.name is None or tokenizer is None:
         return
     file = cached_file(
@@ -308,8 +322,15 @@ def _check_tokenizer(role: str, network: CausalLM, tokenizer: Any) -> None:
     ours = {number: token for token, number in tokenizer.get_vocab().items()}
     theirs = {number: token for token, number in Tokenizer.from_file(file).get_vocab().items()}
     for number in sorted(ours.keys() & theirs.keys()):
-        if ours[number] != theirs[number]:
-            raise UsageError(
-                f"model.{role}: its token {number} is {theirs[number]!r}, that of data.tokenizer {ours[number]!r}; "
-                "losses compare token by token, so give networks of one tokenizer, and data.tokenizer the same"
+        if ours[number] == theirs[number]:
+            continue
+        if key == "tokenizer":
+            remedy = (
+                "losses compare token by token, so give networks of one tokenizer, and data.tokenizer the same; for a "
+                f"teacher with another, take lit_distill.llm.ULD and give data.teacher_tokenizer {network.name}"
             )
+        else:
+            remedy = f"give the {role}'s own"
+        raise UsageError(
+            f"model.{role}: its token {number} is {theirs[number]!r}, that of data.{key} {ours[number]!r}; {remedy}"
+        )

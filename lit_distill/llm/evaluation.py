@@ -16,6 +16,8 @@ from lit_distill.llm.fused import slices
 from lit_distill.llm.losses import forward_kl, topk_kl
 from lit_distill.llm.signals import Signal, TopK
 
+MEANS = ("ce", "acc", "kl", "agreement", "match")
+
 
 @torch.no_grad()
 def token_facts(
@@ -61,12 +63,14 @@ def token_facts(
 class TokenMetrics(MetricCollection):
     """Means over tokens: `ce`, `perplexity`, `acc`, `ece` (15 bins of equal width), and `kl`, `agreement` if given.
 
+    `match` is the mean over groups of tokens, where a teacher has another tokenizer.
+
     Args:
         prefix: "val/" or "test/".
     """
 
     def __init__(self, prefix: str) -> None:
-        means = {name: MeanMetric() for name in ("ce", "acc", "kl", "agreement")}
+        means = {name: MeanMetric() for name in MEANS}
         super().__init__({**means, "ece": BinaryCalibrationError(BINS, norm="l1")}, prefix=None, compute_groups=False)
         self.name = prefix
 
@@ -74,7 +78,7 @@ class TokenMetrics(MetricCollection):
         """Adds what `token_facts` returns."""
         if not facts:
             return
-        for name in ("ce", "acc", "kl", "agreement"):
+        for name in MEANS:
             if name in facts:
                 self[name].update(facts[name])
         # A confidence of exactly 1 would fall into a bin of its own.

@@ -1,6 +1,6 @@
 """Head and losses in one: slices of tokens go through both, and logits of all tokens never exist."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +54,7 @@ def score_tokens(
     *,
     scale: float,
     chunk: int | None = None,
+    parts: Iterable[slice] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Computes token losses from hidden states, and their gradients in the same pass.
 
@@ -74,6 +75,7 @@ def score_tokens(
         scale: Factor in front of all sums, such as 1 / tokens in the step.
         chunk: Tokens in a slice, see `slices`. In resident memory a pass takes some 13 (forward KL) to 26 (generalized
             JSD) times a slice's logits.
+        parts: Slices of all tokens, in order, instead of those of `slices`: for losses of several tokens together.
 
     Returns:
         The weighted sum of all terms, scalar; and the sum over tokens of each, with `scale` but without its weight.
@@ -84,7 +86,7 @@ def score_tokens(
     grad_hidden = torch.zeros_like(hidden, requires_grad=False) if wants[0] else None
     grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants[1] else None
     sums = {name: torch.zeros((), dtype=exact, device=hidden.device) for name in terms}
-    for rows in slices(len(hidden), len(weight), chunk):
+    for rows in slices(len(hidden), len(weight), chunk) if parts is None else parts:
         states = hidden[rows].detach().to(dtype)
         with torch.no_grad():
             logits = F.linear(states, head).to(exact).requires_grad_(any(wants))

@@ -245,32 +245,6 @@ def taid(
     return -(log_target.exp() * log_q).sum(-1) if value == "cross_entropy" else _kl(log_target, log_q)
 
 
-# ---- other vocabularies --------------------------------------------------------------------------------------------
-
-
-@in_float32
-def uld(student_logits: Float[Tensor, "n v"], teacher_logits: Float[Tensor, "n w"]) -> PerToken:
-    r"""Computes the distance of sorted probabilities, which needs no common vocabulary: universal logit distillation.
-
-    .. math:: \sum_i | q_{(i)} - p_{(i)} |
-
-    The smaller vocabulary is filled up with zeros. Which token has which probability is lost.
-
-    Args:
-        student_logits: (N, V).
-        teacher_logits: (N, W) at the same N places of the text, detached here.
-
-    Returns:
-        (N,).
-
-    Reference: Boizard et al., Towards Cross-Tokenizer Distillation, 2024, arXiv 2402.12030.
-    """
-    q = student_logits.softmax(-1).sort(-1, descending=True).values
-    p = teacher_logits.detach().softmax(-1).sort(-1, descending=True).values
-    width = max(q.shape[-1], p.shape[-1])
-    return (F.pad(q, (0, width - q.shape[-1])) - F.pad(p, (0, width - p.shape[-1]))).abs().sum(-1)
-
-
 # ---- the most probable tokens --------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,9 @@ from lit_distill.llm.losses import (
     taid,
     topk_kl,
     total_variation,
-    uld,
 )
 from lit_distill.llm.signals import HiddenSignal, LogitSignal, TopK
+from lit_distill.llm.vocabularies import uld
 
 N, H, V = 11, 6, 23
 

@@ -22,9 +22,9 @@ from lit_distill.llm.losses import (
     taid,
     topk_kl,
     total_variation,
-    uld,
 )
 from lit_distill.llm.signals import TopK
+from lit_distill.llm.vocabularies import uld
 
 N, V = 6, 17
 DENSE = {

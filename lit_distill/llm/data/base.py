@@ -1,7 +1,9 @@
 """What the data modules of language models share: tokenizer, parts, rows, batches."""
 
+import copy
 import hashlib
 import json
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from lit_distill.core.data import EpochDataModule
 from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import EpochLoader, EpochPermutation, derived_seed
 from lit_distill.llm.batch import TokenBatch
+from lit_distill.llm.data.alignment import PairedRows, keep_white_space
 from lit_distill.llm.data.packing import PACKINGS, Documents, TokenRows, pack
 
 Item = TypeVar("Item")
@@ -34,12 +37,14 @@ class TokenPart:
         prompts: (D,) tokens of each document in the rows from which a model can write on.
         numbers: (D,) which record of the part each document is, or is a piece of.
         records: The part's records, where they are kept.
+        paired: The rows in the teacher's tokens, if it has a tokenizer of its own.
     """
 
     rows: TokenRows
     prompts: Int[Tensor, " d"]
     numbers: Int[Tensor, " d"]
     records: list[Any] | None = None
+    paired: PairedRows | None = None
 
 
 class TokenLoader(EpochLoader):
@@ -52,6 +57,10 @@ class TokenLoader(EpochLoader):
         padding: The token behind the end of a row.
         step: Says of a batch's number which batches make one optimizer step with it. None: each is one.
         kwargs: See `EpochLoader`.
+
+    Attributes:
+        paired: The rows in the teacher's tokens, if it has a tokenizer of its own.
+        teacher_padding: The token behind the end of these.
     """
 
     def __init__(
@@ -67,6 +76,8 @@ class TokenLoader(EpochLoader):
         super().__init__(sampler, batch_size, **kwargs)
         self.rows = rows
         self.padding = padding
+        self.paired: PairedRows | None = None
+        self.teacher_padding = 0
         self.step = step or (lambda number: range(number, number + 1))
 
     def _batches(self, epoch: int, start: int) -> Iterator[TokenBatch]:
@@ -80,7 +91,8 @@ class TokenLoader(EpochLoader):
             step = self.step(number)
             begin, end = self._bounds(step[0])[0], self._bounds(step[-1])[1]
             total = upto[end - 1] - (upto[begin - 1] if begin else 0)
-            yield TokenBatch(input_ids, position_ids, scored, targets, index, total)
+            paired = None if self.paired is None else self.paired.gather(index, self.teacher_padding)
+            yield TokenBatch(input_ids, position_ids, scored, targets, index, total, paired)
 
 
 class TokenDataModule(EpochDataModule[Any]):
@@ -93,6 +105,8 @@ class TokenDataModule(EpochDataModule[Any]):
 
     Args:
         tokenizer: Folder or name of a tokenizer, as `transformers.AutoTokenizer` takes it.
+        teacher_tokenizer: Likewise that of a teacher which has another one: batches then hold each row a second time in
+            its tokens, and which of them cover the same text.
         max_length: Tokens of a row, at most.
         packing: "none", one document a row; "ffd", as many as fit (first-fit decreasing). Positions restart with each
             document, so that attention can be kept within it.
@@ -120,6 +134,7 @@ class TokenDataModule(EpochDataModule[Any]):
     def __init__(
         self,
         tokenizer: str | Path,
+        teacher_tokenizer: str | Path | None = None,
         max_length: int = 512,
         packing: str = "none",
         restrict_vocabulary: bool = False,
@@ -142,6 +157,8 @@ class TokenDataModule(EpochDataModule[Any]):
                 f"data.val_share, data.test_share: {val_share} and {test_share} leave nothing for training; lower them"
             )
         self.tokenizer_name = str(tokenizer)
+        self._key = "tokenizer"
+        self.teacher_tokenizer = None if teacher_tokenizer is None else str(teacher_tokenizer)
         self.max_length = max_length
         self.packing = packing
         self.restrict_vocabulary = restrict_vocabulary
@@ -157,7 +174,10 @@ class TokenDataModule(EpochDataModule[Any]):
 
     @abstractmethod
     def encode(self, records: list[Any]) -> tuple[Documents, Int[Tensor, " d"]]:
-        """Makes a document of each record, which may have no target; and says how long its prompt is."""
+        """Makes a document of each record, which may have no target; and says how long its prompt is.
+
+        With a `teacher_tokenizer`, documents have marks.
+        """
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -176,14 +196,40 @@ class TokenDataModule(EpochDataModule[Any]):
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"data.tokenizer: {self.tokenizer_name} cannot be loaded ({reason}); give a folder with a tokenizer, "
+                f"data.{self._key}: {self.tokenizer_name} cannot be loaded ({reason}); give a folder with a tokenizer, "
                 "or a name that the hub has"
             ) from error
         if not tokenizer.is_fast:
             raise UsageError(
-                f"data.tokenizer: {self.tokenizer_name} has no tokenizer.json; convert it to a fast tokenizer"
+                f"data.{self._key}: {self.tokenizer_name} has no tokenizer.json; convert it to a fast tokenizer"
             )
+        if self.teacher_tokenizer is not None:
+            keep_white_space(tokenizer)
         return tokenizer
+
+    @property
+    def teacher(self) -> "TokenDataModule":
+        """The data through the teacher's tokenizer: for its numbers of tokens; the parts are the same.
+
+        Raises:
+            UsageError: The teacher has no tokenizer of its own.
+        """
+        if self.teacher_tokenizer is None:
+            raise UsageError(
+                "data.teacher_tokenizer is missing; give the tokenizer of the teacher, often the folder that it is in"
+            )
+        self.setup()
+        self._teacher._parts = self._parts
+        return self._teacher
+
+    @cached_property
+    def _teacher(self) -> "TokenDataModule":
+        other = copy.copy(self)
+        other.__dict__.pop("tokenizer", None)
+        other.tokenizer_name, other._key = str(self.teacher_tokenizer), "teacher_tokenizer"
+        other._vocabulary = None
+        other.max_length = sys.maxsize  # rows end where the student's do, however many tokens that takes
+        return other
 
     @property
     def vocabulary(self) -> Int[Tensor, " v"] | None:
@@ -238,9 +284,11 @@ class TokenDataModule(EpochDataModule[Any]):
         """
         records = self.read()
         chosen = self._split(len(records))
-        documents, prompts = self.encode([records[number] for index in chosen.values() for number in index.tolist()])
+        ordered = [records[number] for index in chosen.values() for number in index.tolist()]
+        documents, prompts = self.encode(ordered)
         if self.restrict_vocabulary:
             documents = self._restricted(documents)
+        theirs = None if self.teacher_tokenizer is None else self._encode_for_teacher(ordered, documents)
         parts, start = {}, 0
         for name, index in chosen.items():
             own = torch.arange(start, start + len(index))
@@ -254,8 +302,18 @@ class TokenDataModule(EpochDataModule[Any]):
             # A document has a target, so two tokens or more, of which a prompt leaves one to be written.
             shortened = torch.minimum(prompts[own][numbers], rows.documents.lengths() - 1).clamp(min=1)
             kept = [records[number] for number in index.tolist()] if name == "val" else None
-            parts[name] = TokenPart(rows, shortened, numbers, kept)
+            paired = None if theirs is None else PairedRows(rows, theirs.take(own), numbers)
+            parts[name] = TokenPart(rows, shortened, numbers, kept, paired)
         return parts
+
+    def _encode_for_teacher(self, records: list[Any], documents: Documents) -> Documents:
+        theirs, _ = self._teacher.encode(records)
+        if not bool((theirs.lengths() > 0)[documents.lengths() > 0].all()):
+            raise UsageError(
+                f"data.teacher_tokenizer: {self.teacher_tokenizer} has no token at all for some of the {self.unit}; "
+                "name the teacher's own tokenizer"
+            )
+        return self._teacher._restricted(theirs) if self.restrict_vocabulary else theirs
 
     def _split(self, size: int) -> dict[str, Tensor]:
         shares = {"val": self.val_share, "test": self.test_share}
@@ -279,7 +337,8 @@ class TokenDataModule(EpochDataModule[Any]):
         ]
         ids = documents.ids.long()
         self._vocabulary = torch.cat([ids, torch.tensor(special, dtype=torch.long)]).unique()
-        return Documents(torch.searchsorted(self._vocabulary, ids).int(), documents.targets, documents.offsets)
+        own = torch.searchsorted(self._vocabulary, ids).int()
+        return Documents(own, documents.targets, documents.offsets, documents.marks)
 
     def _own(self, token: int | None) -> int:
         """Returns the number of a special token in the data; 0 if there is no such token."""
@@ -306,7 +365,10 @@ class TokenDataModule(EpochDataModule[Any]):
 
         Its batches are in the main memory, where what is scored is found without waiting for a device.
         """
-        loader = TokenLoader(self.part(part).rows, padding=self.padding, **sampling)
+        found: TokenPart = self.part(part)
+        loader = TokenLoader(found.rows, padding=self.padding, **sampling)
+        if found.paired is not None:
+            loader.paired, loader.teacher_padding = found.paired, self.teacher.padding
         if training:
             loader.step = lambda number: self._step(number, len(loader))
         return loader

@@ -1,5 +1,6 @@
 """Conversations, of which what the assistant says is scored."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_distill.core.errors import UsageError
+from lit_distill.llm.data.alignment import turn_marks
 from lit_distill.llm.data.base import TokenDataModule, in_chunks
 from lit_distill.llm.data.packing import Documents
 from lit_distill.llm.data.sources import TABLES, Record, find_files, read_hub, read_table
 
 Message = dict[str, Any]
+Encoded = tuple[list[int], np.ndarray, np.ndarray]  # tokens, which are the assistant's, and their marks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -46,6 +49,8 @@ class ChatDataModule(TokenDataModule):
     so a token counts if it has a character of a turn. Where the template marks turns (`{% generation %}`), its marks
     say which characters these are; else the conversation is rendered up to each turn. Messages behind the last turn of
     the assistant are left out.
+
+    A teacher with another tokenizer sees the conversation as its own chat template writes it.
 
     Conversations longer than `max_length` lose their end. If nothing of the assistant is left then, they are left out.
 
@@ -92,6 +97,13 @@ class ChatDataModule(TokenDataModule):
         self.subset = subset
         self.split = split
 
+    @cached_property
+    def _teacher(self) -> TokenDataModule:
+        other = super()._teacher
+        assert isinstance(other, ChatDataModule)
+        other.chat_template = None
+        return other
+
     # ---- conversations ---------------------------------------------------------------------------------------------
 
     def read(self) -> list[Conversation]:
@@ -137,11 +149,11 @@ class ChatDataModule(TokenDataModule):
         template = self._template()
         marked = "{%generation" in template.replace(" ", "").replace("{%-", "{%")
         headed = marked or self._has_header(template)
-        ids, targets, prompts = [], [], []
+        ids, targets, prompts, marks = [], [], [], []
         shortened = dropped = 0
         for chunk in in_chunks(records, _CHUNK):
             encoded = self._marked(chunk, template) if marked else self._rendered(chunk, template, headed)
-            for tokens, said in encoded:
+            for tokens, said, places in encoded:
                 shortened += len(tokens) > self.max_length
                 said = said[: self.max_length]
                 dropped += not said.any()
@@ -149,9 +161,15 @@ class ChatDataModule(TokenDataModule):
                 targets.append(said if self.score == "completion" or not said.any() else np.ones_like(said))
                 begins = np.flatnonzero(np.diff(said.astype(np.int8), prepend=0) == 1)
                 prompts.append(int(begins[-1]) if len(begins) else 0)
+                marks.append(places[: self.max_length])
         self._report(len(records), shortened, dropped)
         offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
-        documents = Documents(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(targets)), offsets)
+        documents = Documents(
+            torch.from_numpy(np.concatenate(ids)),
+            torch.from_numpy(np.concatenate(targets)),
+            offsets,
+            None if self.teacher_tokenizer is None else torch.from_numpy(np.concatenate(marks)),
+        )
         return documents, torch.tensor(prompts)
 
     def _report(self, total: int, shortened: int, dropped: int) -> None:
@@ -198,20 +216,34 @@ class ChatDataModule(TokenDataModule):
         except UsageError:
             return True  # it wants another beginning; where it stands is said when it meets the conversations
 
-    def _marked(self, chunk: list[Conversation], template: str) -> list[tuple[list[int], np.ndarray]]:
+    def _marked(self, chunk: list[Conversation], template: str) -> list[Encoded]:
         """Tokenizes conversations; the template says which tokens are the assistant's."""
+        aligned = self.teacher_tokenizer is not None
         encoded = self._render(
             chunk,
             template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": aligned},
         )
         masks = [np.array(mask, dtype=bool) for mask in encoded["assistant_masks"]]
-        return list(zip(encoded["input_ids"], masks, strict=True))
+        texts = self._render(chunk, template) if aligned else [""] * len(chunk)
+        return self._with_marks(encoded, masks, chunk, texts)
 
-    def _rendered(self, chunk: list[Conversation], template: str, headed: bool) -> list[tuple[list[int], np.ndarray]]:
+    def _with_marks(
+        self, encoded: Any, masks: list[np.ndarray], chunk: list[Conversation], texts: list[str]
+    ) -> list[Encoded]:
+        """Adds marks, where a teacher has another tokenizer."""
+        if self.teacher_tokenizer is None:
+            return [(*both, np.empty(0, dtype=np.int64)) for both in zip(encoded["input_ids"], masks, strict=True)]
+        marks = [
+            turn_marks(np.array(spans, dtype=np.int64).reshape(-1, 2), said, text, _said_in(talk.messages))
+            for spans, said, text, talk in zip(encoded["offset_mapping"], masks, texts, chunk, strict=True)
+        ]
+        return list(zip(encoded["input_ids"], masks, marks, strict=True))
+
+    def _rendered(self, chunk: list[Conversation], template: str, headed: bool) -> list[Encoded]:
         """Tokenizes conversations; how far they reach before and after a turn says which tokens are the assistant's."""
         turns = [(place, k) for place, talk in enumerate(chunk) for k in _turns(talk.messages)]
         before = self._render([_start(chunk[place], k) for place, k in turns], template, header=True)
@@ -239,7 +271,7 @@ class ChatDataModule(TokenDataModule):
         )
         spans = [np.array(pairs, dtype=np.int64).reshape(-1, 2) for pairs in encoded["offset_mapping"]]
         masks = [count[span[:, 1]] > count[span[:, 0]] for count, span in zip(upto, spans, strict=True)]
-        return list(zip(encoded["input_ids"], masks, strict=True))
+        return self._with_marks(encoded, masks, chunk, texts)
 
     def _end(self, text: str, begin: int) -> int:
         """Returns where the turn at the end of a text ends: behind its special token, not the white space after it."""
@@ -264,6 +296,10 @@ class ChatDataModule(TokenDataModule):
 
 def _turns(messages: list[Message]) -> list[int]:
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _said_in(messages: list[Message]) -> list[str]:
+    return [messages[number].get("content") or "" for number in _turns(messages)]
 
 
 def _start(talk: Conversation, messages: int) -> Conversation:

@@ -18,11 +18,13 @@ class Documents:
         ids: (L,) int32 tokens.
         targets: (L,) which tokens are to be predicted; the first of a document never is, since nothing precedes it.
         offsets: (D + 1,) int64 where each document starts, and the end.
+        marks: (L,) int64 where in its text each token ends, see `alignment.text_marks`; None if nobody asks.
     """
 
     ids: Int[Tensor, " l"]
     targets: Bool[Tensor, " l"]
     offsets: Int[Tensor, " d_and_end"]
+    marks: Int[Tensor, " l"] | None = None
 
     def __post_init__(self) -> None:
         self.targets = self.targets.index_fill(0, self.offsets[:-1][self.lengths() > 0], False)
@@ -48,11 +50,12 @@ class Documents:
         lengths = self.lengths()[index]
         offsets = _with_zero(lengths.cumsum(0))
         places = torch.arange(int(offsets[-1])) + (self.offsets[index] - offsets[:-1]).repeat_interleave(lengths)
-        return Documents(self.ids[places], self.targets[places], offsets)
+        marks = None if self.marks is None else self.marks[places]
+        return Documents(self.ids[places], self.targets[places], offsets, marks)
 
     def given(self, count: int) -> "Documents":
         """Returns the documents with their first `count` tokens given, not to be predicted."""
-        return Documents(self.ids, self.targets & (self.positions() >= count), self.offsets)
+        return Documents(self.ids, self.targets & (self.positions() >= count), self.offsets, self.marks)
 
     def cut(self, length: int) -> "Documents":
         """Cuts each document into pieces of at most `length` tokens, which are documents of their own from then on."""
@@ -64,7 +67,7 @@ class Documents:
         return self._parted(torch.cat([starts, torch.arange(0, len(self.ids), length)]).unique())
 
     def _parted(self, starts: Tensor) -> "Documents":
-        return Documents(self.ids, self.targets, torch.cat([starts, self.offsets[-1:]]))
+        return Documents(self.ids, self.targets, torch.cat([starts, self.offsets[-1:]]), self.marks)
 
 
 class TokenRows:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lit_distill.core.errors import UsageError, check_least
+from lit_distill.llm.data.alignment import text_marks
 from lit_distill.llm.data.base import TokenDataModule, in_chunks
 from lit_distill.llm.data.packing import Documents
 from lit_distill.llm.data.sources import TABLES, Record, find_files, read_hub, read_table, read_text
@@ -99,12 +100,25 @@ class TextDataModule(TokenDataModule):
         """Tokenizes the documents; samples go on from the first half of each, 32 tokens at most."""
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         parts: list[np.ndarray] = []
+        marks: list[np.ndarray] = []
+        aligned = self.teacher_tokenizer is not None
         for chunk in in_chunks(records, _CHUNK):
-            encoded = self.tokenizer(chunk, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-            for ids in encoded["input_ids"]:
+            encoded = self.tokenizer(
+                chunk,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=aligned,
+                verbose=False,
+            )
+            for number, ids in enumerate(encoded["input_ids"]):
                 # Some tokenizers put an end there themselves; an empty document stays empty.
-                parts.append(np.array(ids if not ids or ids[-1:] == end else ids + end, dtype=np.int32))
+                own = len(ids) - (ids[-1:] == end and bool(end))
+                parts.append(np.array(ids[:own] + end if ids else ids, dtype=np.int32))
+                if aligned:
+                    spans = np.array(encoded["offset_mapping"][number][:own], dtype=np.int64).reshape(-1, 2)
+                    marks.append(text_marks(spans, len(chunk[number]), ended=bool(end and ids)))
         lengths = torch.tensor([0, *map(len, parts)])
         ids = torch.from_numpy(np.concatenate(parts))
-        documents = Documents(ids, torch.ones(len(ids), dtype=torch.bool), lengths.cumsum(0))
+        places = torch.from_numpy(np.concatenate(marks)) if aligned else None
+        documents = Documents(ids, torch.ones(len(ids), dtype=torch.bool), lengths.cumsum(0), places)
         return documents, (lengths[1:] // 2).clamp(max=_PROMPT)
