@@ -68,10 +68,14 @@ def test_so_do_files_and_folders_of_writers_that_put_a_file_of_their_own_there(t
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):
-    with pytest.raises(KeyError), atomic_folder(tmp_path / "new" / "folder") as part:
-        part.mkdir()
-        (part / "a").write_text("x")
-        raise KeyError
+    def fail():
+        with atomic_folder(tmp_path / "new" / "folder") as part:
+            part.mkdir()
+            (part / "a").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write .*file/folder"), atomic_folder(tmp_path / "file" / "folder"):
