@@ -1,4 +1,4 @@
-"""Files that are whole or absent: everything is written beside its target and moved into place."""
+"""Files and folders that are whole or absent: everything is written beside its target and moved into place."""
 
 import json
 import os
@@ -30,9 +30,9 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         temporary = Path(name)
-        os.fchmod(handle, 0o666 & ~_umask())
         os.close(handle)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # only now: safetensors puts a file of its own, for the owner alone, there
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
@@ -44,6 +44,30 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Yields a path at which the block makes a folder; moves it to `target` when the block ends without error.
+
+    Args:
+        target: Where the finished folder shall lie: nothing is there yet, or an empty folder.
+
+    Raises:
+        RunError: It cannot be written or the disk is full.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as partial:
+            part = Path(partial) / "folder"
+            yield part
+            for path in part.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o666 & ~_umask())
+            part.replace(target)
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}; free space, or choose another") from error
 
 
 def write_json(target: str | Path, value: Any) -> None:

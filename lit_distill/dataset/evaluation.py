@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -71,7 +71,10 @@ class DistilledSetEvaluation(ImageDistiller):
     - `test/ars`, see `augmentation_robust_score`, from `random`, `plain` and `random_plain`: the last two are runs on
       the set and on random images without augmentation, this run and `random` have it.
 
-    A learning rate that was learned with the set (`SyntheticSet.lr`) takes the place of the optimizer's. Test data pick
+    A learning rate that was learned with the set (`SyntheticSet.lr`) takes the place of the optimizer's. With `lrs`
+    there are `repeats` networks of each kind at each of these rates. Of each kind those count whose mean accuracy on
+    the validation images is the best at the end; their rate is `test/lr`, `test/<name>_lr`. DD-Ranking searches 0.001,
+    0.005, 0.01, 0.05 and 0.1 like this, but on the test images and at the best of several epochs. Here test data pick
     nothing: the figures are those of the last epoch.
 
     Args:
@@ -83,9 +86,12 @@ class DistilledSetEvaluation(ImageDistiller):
         label_weight: Weight of the cross-entropy on hard labels, beside soft ones; where there are none it is 1.
         parts: A batch is given to the networks in so many equal parts, whose gradients are averaged, so that batch
             normalization sees what it saw when the soft labels were made.
+        lrs: Learning rates to choose from, in place of the optimizer's. The student that a run keeps has the first one.
         runs: Folders of runs to compare with, by what they are: real, hard, random, plain, random_plain.
         kwargs: See `Distiller`.
     """
+
+    chosen: Tensor
 
     def __init__(
         self,
@@ -96,6 +102,7 @@ class DistilledSetEvaluation(ImageDistiller):
         temperature: float = 1.0,
         label_weight: float = 0.0,
         parts: int = 1,
+        lrs: Sequence[float] | None = None,
         runs: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -109,6 +116,9 @@ class DistilledSetEvaluation(ImageDistiller):
         for name in others or {}:
             if not name.isidentifier() or name == "student":
                 raise UsageError(f"model.others: '{name}' is no name for a network; take letters, such as resnet18")
+        if lrs is not None and (not lrs or min(lrs) <= 0):
+            raise UsageError(f"model.lrs is {list(lrs)}; give learning rates above 0, or leave it out")
+        self.lrs = None if lrs is None else tuple(lrs)
         self.repeats = repeats
         self.kinds = {"student": student, **(others or {})}
         self.objective: Objective = objective
@@ -126,11 +136,17 @@ class DistilledSetEvaluation(ImageDistiller):
         self.rest = nn.ModuleList(
             copy.deepcopy(network)
             for name, network in self.kinds.items()
-            for _ in range(self.repeats - (name == "student"))
+            for _ in range(self._of_a_kind() - (name == "student"))
         )
         for number, network in enumerate(self.networks()):
+            # The same ones for each learning rate.
+            number = number // self._of_a_kind() * self.repeats + number % self.repeats
             torch.manual_seed(derived_seed("network", seed, number))
             redraw(network)
+        if self.lrs is not None and not self._data().has_part("val"):
+            raise UsageError("model.lrs: the data has no validation images to choose by; give some, or leave it out")
+        # Which learning rate counts, by kind; -1 until validation has said it.
+        self.register_buffer("chosen", torch.full((len(self.kinds),), 0 if self.lrs is None else -1))
         self.accuracies = nn.ModuleDict(
             {
                 part: nn.ModuleList(MulticlassAccuracy(self.num_classes, average="micro") for _ in self.networks())
@@ -143,11 +159,27 @@ class DistilledSetEvaluation(ImageDistiller):
         """Returns all networks: those of the student's kind, then the others'."""
         return [self.student, *self.rest]
 
+    def _of_a_kind(self) -> int:
+        return self.repeats * len(self.lrs or (None,))
+
     # ---- training --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """One optimizer for all networks, at the learning rate that the set has learned, if it has."""
+        """One optimizer for all networks, at the learning rate that the set has learned, if it has, or at `lrs`."""
+        if self.lrs is not None:
+            groups = [
+                {"params": [p for network in networks for p in network.parameters() if p.requires_grad], "lr": lr}
+                for lr, networks in zip(self.lrs, self._by_rate(), strict=True)
+            ]
+            return self.optimizer_with_schedule(groups, self.optimizer)  # type: ignore[arg-type]  # groups are as good
         return self.optimizer_with_schedule(self.trainable(), self._optimizer_of_set)
+
+    def _by_rate(self) -> list[list[nn.Module]]:
+        """Returns the networks of each learning rate."""
+        networks, count = self.networks(), len(self.lrs or (None,))
+        return [
+            [n for place, n in enumerate(networks) if place // self.repeats % count == rate] for rate in range(count)
+        ]
 
     def _optimizer_of_set(self, parameters: Any) -> Optimizer:
         optimizer = self.optimizer(parameters)
@@ -193,12 +225,22 @@ class DistilledSetEvaluation(ImageDistiller):
         """Logs `val/*`."""
         self._log_accuracies("val")
 
+    def on_test_start(self) -> None:
+        """Checks that it is known which learning rate counts.
+
+        Raises:
+            UsageError: No validation has said it.
+        """
+        super().on_test_start()
+        if (self.chosen < 0).any():
+            raise UsageError("model.lrs: no validation has chosen; validate at the end (check_val_every_n_epoch)")
+
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Counts what each network has right; the first one's probabilities are judged, too."""
         for number, (network, accuracy) in enumerate(zip(self.networks(), self._accuracies("test"), strict=True)):
             logits = network(batch.images).float()
             accuracy.update(logits, batch.labels)
-            if number == 0:
+            if number == int(self.chosen[0]) * self.repeats:
                 self.test_metrics.update(logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
@@ -227,15 +269,20 @@ class DistilledSetEvaluation(ImageDistiller):
 
     def _log_accuracies(self, part: str) -> float:
         accuracies = self._accuracies(part)
-        values = torch.stack([accuracy.compute() for accuracy in accuracies]).view(len(self.kinds), self.repeats)
+        values = torch.stack([accuracy.compute() for accuracy in accuracies]).view(len(self.kinds), -1, self.repeats)
         for accuracy in accuracies:
             accuracy.reset()
-        for name, row in zip(self.kinds, values, strict=True):
+        if self.lrs is not None and part == "val" and not self.trainer.sanity_checking:
+            self.chosen.copy_(values.mean(2).argmax(1))
+        for kind, (name, rows) in enumerate(zip(self.kinds, values, strict=True)):
+            row = rows[self.chosen[kind]]
             name = "" if name == "student" else f"{name}_"
             self.log(f"{part}/{name}acc", row.mean())
             if self.repeats > 1:
                 self.log(f"{part}/{name}acc_std", row.std())
-        return float(values[0].mean())
+            if self.lrs is not None:
+                self.log(f"{part}/{name}lr", self.lrs[int(self.chosen[kind])])
+        return float(values[0, self.chosen[0]].mean())
 
 
 def accuracy_of(folder: Path) -> float:

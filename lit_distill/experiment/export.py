@@ -1,13 +1,12 @@
 """The student alone, out of a run."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_distill.core.errors import RunError, UsageError
-from lit_distill.core.files import atomic_path, write_json
+from lit_distill.core.errors import UsageError
+from lit_distill.core.files import atomic_folder, atomic_path, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -105,22 +104,16 @@ def _export_hf(source: Path, run: Path, target: Path) -> None:
             f"--format hf: the student of {run} is a {type(network).__name__}, which the transformers library does not "
             "know; export it as safetensors"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as partial:
-            part = Path(partial) / "model"
-            network.save_pretrained(part)
-            # One that was cut to some tokens numbers them in its own way, which no tokenizer knows.
-            if getattr(network, "vocabulary", None) is not None:
-                write_json(part / "vocabulary.json", network.vocabulary.tolist())
-                print("the student knows a part of the vocabulary; in place of a tokenizer, vocabulary.json names it")
-            elif (name := _tokenizer_name(source, run)) is None:
-                print(f"{run} names no tokenizer; copy the one that the student was trained with")
-            else:
-                _tokenizer(name).save_pretrained(part)
-            part.replace(target)
-    except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror or error}; free space, or choose another") from error
+    with atomic_folder(target) as part:
+        network.save_pretrained(part)
+        # One that was cut to some tokens numbers them in its own way, which no tokenizer knows.
+        if getattr(network, "vocabulary", None) is not None:
+            write_json(part / "vocabulary.json", network.vocabulary.tolist())
+            print("the student knows a part of the vocabulary; in place of a tokenizer, vocabulary.json names it")
+        elif (name := _tokenizer_name(source, run)) is None:
+            print(f"{run} names no tokenizer; copy the one that the student was trained with")
+        else:
+            _tokenizer(name).save_pretrained(part)
 
 
 def _tokenizer_name(source: Path, run: Path) -> str | None:

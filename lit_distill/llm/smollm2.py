@@ -10,12 +10,12 @@ so the network is a little worse than the one on the hub.
 
 import argparse
 import sys
-import tempfile
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
 
 from lit_distill.core.errors import RunError, UsageError
+from lit_distill.core.files import atomic_folder
 
 
 def smollm2(folder: str | Path) -> Path:
@@ -42,15 +42,8 @@ def smollm2(folder: str | Path) -> Path:
     from lit_distill.llm.network import without_progress_bars
 
     print(f"converting {source.name} into {folder} (once, about half a minute)", file=sys.stderr)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
-            part = Path(partial) / "model"
-            with without_progress_bars():
-                _convert(source, part)
-            part.replace(folder)
-    except OSError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror or error}; free space, or choose another") from error
+    with atomic_folder(folder) as part, without_progress_bars():
+        _convert(source, part)
     return folder
 
 

@@ -3,9 +3,11 @@ import os
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lit_distill.core.errors import RunError
-from lit_distill.core.files import atomic_path, write_json, write_text
+from lit_distill.core.files import atomic_folder, atomic_path, write_json, write_text
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -39,6 +41,45 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_so_do_files_and_folders_of_writers_that_put_a_file_of_their_own_there(tmp_path):
+    def write(path):  # as safetensors does
+        other = path.with_suffix(".other")
+        other.write_bytes(b"")
+        other.chmod(0o600)
+        other.replace(path)
+
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as path:
+            write(path)
+        with atomic_path(tmp_path / "b.safetensors") as path:
+            save_file({"x": torch.zeros(2)}, path)
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "deep").mkdir(parents=True)
+            write(folder / "deep" / "c")
+    finally:
+        os.umask(before)
+    for name in ("a", "b.safetensors", "folder/deep/c"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640, name
+    for name in ("folder", "folder/deep"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o750, name
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    def fail():
+        with atomic_folder(tmp_path / "new" / "folder") as part:
+            part.mkdir()
+            (part / "a").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*file/folder"), atomic_folder(tmp_path / "file" / "folder"):
+        pass
 
 
 def test_json_is_what_json_reads(tmp_path):

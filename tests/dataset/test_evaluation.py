@@ -132,6 +132,64 @@ def test_a_learned_rate_is_taken_and_scheduled(learned, expected, data, digits, 
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected / 10)
 
 
+def at(lr):
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def test_validation_chooses_among_rates_whose_networks_learn_as_if_alone(data, small_net, trainer):
+    fit, source = trainer(max_epochs=3, limit_val_batches=1.0), data()
+    others = {"mlp": MLP(64, 10, [8])}
+    module = DistilledSetEvaluation(small_net(), repeats=2, others=others, lrs=[1e-5, 0.05, 50.0], optimizer=at(9.0))
+    fit.fit(module, datamodule=source)
+    for place, lr in ((0, 1e-5), (1, 0.05)):
+        alone = DistilledSetEvaluation(small_net(), repeats=2, others={"mlp": MLP(64, 10, [8])}, optimizer=at(lr))
+        trainer(max_epochs=3).fit(alone, datamodule=data())
+        for kind in range(2):
+            found = module.networks()[6 * kind + 2 * place : 6 * kind + 2 * place + 2]
+            for network, expected in zip(found, alone.networks()[2 * kind : 2 * kind + 2], strict=True):
+                for own, other in zip(network.parameters(), expected.parameters(), strict=True):
+                    torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
+    hits = {}
+    with torch.no_grad():
+        for part in ("val", "test"):
+            images, labels = source.source.part(part)
+            logits = [network.eval()(source.source.normalize(images)) for network in module.networks()]
+            hits[part] = torch.stack([(row.argmax(1) == labels).double().mean() for row in logits]).view(2, 3, 2)
+    best = hits["val"].mean(2).argmax(1)
+    assert best[0] == 1  # neither the first, nor the last
+    logged = fit.test(module, datamodule=source, verbose=False)[0]
+    for kind, name in enumerate(("", "mlp_")):
+        chosen = hits["test"][kind, best[kind]]
+        assert logged[f"test/{name}acc"] == pytest.approx(chosen.mean().item(), abs=1e-6)
+        assert logged[f"test/{name}acc_std"] == pytest.approx(chosen.std().item(), abs=1e-6)
+        assert logged[f"test/{name}lr"] == pytest.approx([1e-5, 0.05, 50.0][best[kind]])
+    nll = F.cross_entropy(logits[2], labels)
+    assert logged["test/nll"] == pytest.approx(nll.item(), rel=1e-4)
+
+
+def test_rates_are_scheduled_each_by_itself(data, small_net, trainer):
+    fit = trainer(max_epochs=2)
+    module = DistilledSetEvaluation(
+        small_net(),
+        repeats=1,
+        lrs=[0.1, 0.01],
+        optimizer=at(9.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1]),
+    )
+    fit.fit(module, datamodule=data())
+    assert [group["lr"] for group in fit.optimizers[0].param_groups] == pytest.approx([0.01, 0.001])
+
+
+def test_without_validation_nothing_can_be_chosen(data, digits, small_net, trainer):
+    module = DistilledSetEvaluation(small_net(), repeats=1, lrs=[0.1], optimizer=sgd)
+    with pytest.raises(UsageError, match=r"model\.lrs: the data has no validation images"):
+        trainer(max_epochs=1).fit(module, datamodule=RandomSubset(digits(val_size=0), per_class=4))
+    module, fit = DistilledSetEvaluation(small_net(), repeats=1, lrs=[0.1], optimizer=sgd), trainer(max_epochs=0)
+    fit.fit(module, datamodule=data())
+    with pytest.raises(UsageError, match="no validation has chosen"):
+        fit.test(module, datamodule=data(), verbose=False)
+
+
 def test_soft_label_loss_by_hand():
     student = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, 1.0]], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[0.3, 0.1, -2.0], [1.0, 1.0, -1.0]], dtype=torch.float64, requires_grad=True)
@@ -170,6 +228,8 @@ def test_the_set_is_kept(data, small_net, trainer, tmp_path):
     ("options", "message"),
     [
         ({"repeats": 0}, "model.repeats is 0"),
+        ({"lrs": [0.1, 0.0]}, r"model\.lrs is \[0\.1, 0\.0\]; give learning rates above 0"),
+        ({"lrs": []}, r"model\.lrs is \[\]"),
         ({"parts": 0}, "model.parts is 0"),
         ({"temperature": 0.0}, "model.temperature is 0"),
         ({"runs": {"best": "x"}}, "no 'best'; known are real, hard"),

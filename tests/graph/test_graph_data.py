@@ -57,6 +57,25 @@ def test_the_raw_layout_is_read_where_it_may_lie(tmp_path, place):
     assert first == [0, 1, 2, 0][: sizes[0]]
 
 
+def test_files_that_do_not_belong_together_and_loops_get_one_line(tmp_path):
+    write_tu(tmp_path / "few")
+    with (tmp_path / "few/TOY_graph_labels.txt").open("a") as file:
+        file.write("1\n")
+    with pytest.raises(
+        RunError, match=r"TOY has 12 graphs in .* and 13 labels in TOY_graph_labels\.txt; get them again"
+    ):
+        TUDataModule(tmp_path / "few", "TOY").setup()
+    write_tu(tmp_path / "loop", edge_labels=False)
+    write_tu(tmp_path / "plain", edge_labels=False)
+    with (tmp_path / "loop/TOY_A.txt").open("a") as file:
+        file.write("2, 2\n3, 3\n")
+    looped, plain = (TUDataModule(tmp_path / name, "TOY", **SPLIT) for name in ("loop", "plain"))
+    with pytest.warns(UserWarning, match=r"data\.root: 2 edges of TOY lead from a node to itself; they are left out"):
+        looped.setup()
+    plain.setup()
+    assert torch.equal(looped.part("train").edge_index, plain.part("train").edge_index)
+
+
 def test_an_archive_is_read_without_being_unpacked(tmp_path):
     write_tu(tmp_path / "files")
     root = tmp_path / "root"
@@ -250,9 +269,15 @@ def looped(graphs):
     return graphs
 
 
+def across(graphs):
+    graphs.edge_index[:, -2:] = torch.tensor([[4, 1], [1, 4]])
+    return graphs
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (across, "an edge leads from graph 1 to graph 0; graphs have no edges between them"),
         (one_way, r"graph 1 is directed: it has an edge from node 1 to 2 and none back; .*to_undirected"),
         (looped, r"graph 1 has 1 edges from a node to itself .*the first at its node 1; .*remove_self_loops"),
     ],

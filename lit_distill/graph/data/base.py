@@ -202,10 +202,18 @@ def _check(given: GraphSource) -> None:
                     f"data: {kind} feature {column} has the value {most - 1}; 0 to {there - 1} is expected, correct it"
                 )
     source, target = graphs.edge_index
+    graph_of = graphs.graph()
+    across = graph_of[source] != graph_of[target]
+    if across.any():
+        first = int(across.nonzero()[0])
+        raise UsageError(
+            f"data: an edge leads from graph {int(graph_of[source[first]])} to graph {int(graph_of[target[first]])}; "
+            "graphs have no edges between them, correct it"
+        )
     loops = source == target
     if loops.any():
         node = int(source[loops][0])
-        graph = int(graphs.graph()[node])
+        graph = int(graph_of[node])
         raise UsageError(
             f"data: graph {graph} has {int(loops.sum())} edges from a node to itself in the set, the first at its node "
             f"{node - int(graphs.node_start[graph])}; remove them (torch_geometric.utils.remove_self_loops)"
@@ -214,7 +222,7 @@ def _check(given: GraphSource) -> None:
     one_way = ~torch.isin(there, back)
     if one_way.any():
         first = int(one_way.nonzero()[0])
-        graph = int(graphs.graph()[source[first]])
+        graph = int(graph_of[source[first]])
         begin = int(graphs.node_start[graph])
         raise UsageError(
             f"data: graph {graph} is directed: it has an edge from node {int(source[first]) - begin} to "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_distill.core.errors import RunError, UsageError
@@ -19,6 +20,8 @@ class TUDataModule(GraphDataModule):
     The files `NAME_A.txt`, `NAME_graph_indicator.txt`, `NAME_graph_labels.txt` and perhaps `NAME_node_labels.txt`,
     `NAME_edge_labels.txt` are looked for in `root/NAME/raw`, `root/NAME`, `root`, and in `root/NAME.zip`. Continuous
     node attributes (`NAME_node_attributes.txt`) are left out unless `bins` is given, those of edges always.
+
+    Edges from a node to itself are left out, with a warning.
 
     Labels are counted from the smallest of the set, as torch-geometric does it: a part of a set, written out by itself,
     may have other numbers.
@@ -88,6 +91,14 @@ def _read(folder: Path, name: str) -> GraphSource:
             f"data.root: the files of {name} in {folder} cannot be read ({reason}); get them again"
         ) from error
     labels, edge_start = data.y.long(), slices["edge_index"]
+    ends = read_txt_array(str(folder / f"{name}_A.txt"), sep=",", dtype=torch.long)
+    if loops := int((ends[:, 0] == ends[:, 1]).sum()):
+        rank_zero_warn(f"data.root: {loops} edges of {name} lead from a node to itself; they are left out")
+    if len(labels) != len(edge_start) - 1:
+        raise RunError(
+            f"data.root: {name} has {len(edge_start) - 1} graphs in {folder}/{name}_graph_indicator.txt and "
+            f"{len(labels)} labels in {name}_graph_labels.txt; get them again"
+        )
     if "x" in slices:
         node_start = slices["x"]
     else:
