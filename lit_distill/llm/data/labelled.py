@@ -113,9 +113,7 @@ class ClassificationDataModule(ChatDataModule):
     def _conversation(self, record: Record) -> Conversation:
         text, word = self.task.pair(record, "data.source")
         asked = self.question.replace("{text}", text)
-        return Conversation(
-            record[0], [{"role": "user", "content": asked}, {"role": "assistant", "content": word}]
-        )
+        return Conversation(record[0], [{"role": "user", "content": asked}, {"role": "assistant", "content": word}])
 
 
 def check_first_tokens(tokenizer: Any, words: Sequence[str]) -> None:

@@ -25,8 +25,8 @@ class FIRST(TokenDistiller):
         D_i = \sum_{j \in S} \tilde p_j \log \frac{\tilde p_j}{q_j}
 
     c is the one in (0, 1] whose first choices have the least expected calibration error on the validation tokens (10
-    bins): steps of 0.1, then of 0.02 around the best. The softmax is over probabilities, as published. The data say what
-    is scored: `ClassificationDataModule` the answer's first token alone.
+    bins): steps of 0.1, then of 0.02 around the best. The softmax is over probabilities, as published. Published is a c
+    found on answers alone: with `ClassificationDataModule` nothing else is scored.
 
     Logged in the test besides: `teacher_acc` and `teacher_ece` of the teacher's first choices, `calibrated_ece` of what
     the student learned from, and `c`.

@@ -110,7 +110,8 @@ class MEND(Distiller):
         self.choices = nn.ModuleDict({part: nn.ModuleDict() for part in ("val", "test")})
         for part in ("val", "test"):
             means, choices = self.means[part], self.choices[part]
-            assert isinstance(means, nn.ModuleDict) and isinstance(choices, nn.ModuleDict)
+            assert isinstance(means, nn.ModuleDict)
+            assert isinstance(choices, nn.ModuleDict)
             means.update({name: MeanMetric() for name in _MEANS})
             choices.update({name: OptionAccuracy() for name in _CHOICES})
 
@@ -229,9 +230,7 @@ class MEND(Distiller):
         rows = torch.arange(len(batch), device=place.device)
         first = rows.new_full((int(place.max()) + 1,), len(batch)).scatter_reduce(0, place, rows, "amin")
         width = batch.demonstrations.shape[1]
-        vectors = self.student(
-            batch.demonstrations[first], batch.positions[first, :width], batch.lengths[first]
-        )
+        vectors = self.student(batch.demonstrations[first], batch.positions[first, :width], batch.lengths[first])
         return vectors[place]
 
     def _add(self, part: str, values: Mapping[str, Tensor], counted: Bool[Tensor, " n"]) -> None:
