@@ -5,6 +5,7 @@ from tiny_text import tokenizer_folder, write_lines
 
 from lit_distill.core.errors import UsageError
 from lit_distill.llm.data import ChatDataModule, ClassificationDataModule, TextTask
+from lit_distill.llm.evaluation import TokenMetrics
 from lit_distill.llm.methods.supervised import SupervisedFineTuning
 
 CLASSES = {"0": "sang a song", "1": "ate"}
@@ -76,6 +77,13 @@ def test_accuracy_and_calibration_are_those_of_answers(classified, tmp_path):
     assert logged["test/ece"] == pytest.approx(sum(map(abs, gaps)) / len(right), abs=1e-4)
     assert [len(values) for values in module.panels["reliability"].values()] == [4, 4, 4]
     assert sum(module.panels["reliability"]["count"]) == len(right)
+
+
+def test_the_number_of_bins_counts():
+    metrics = TokenMetrics("test/", bins=2)
+    metrics.update({"acc": torch.tensor([1.0, 0.0]), "confidence": torch.tensor([0.6, 0.9])})
+    assert float(metrics.compute()["test/ece"]) == pytest.approx(0.25)  # 0.65, if the two were in bins of their own
+    assert metrics.reliability()["accuracy"] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
