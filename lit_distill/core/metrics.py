@@ -211,24 +211,25 @@ def reliability(metrics: MetricCollection) -> dict[str, list[float]]:
         return reliability_bins(dim_zero_cat(calibration.confidences), dim_zero_cat(calibration.accuracies))
 
 
-def reliability_bins(confidences: Tensor, accuracies: Tensor) -> dict[str, list[float]]:
+def reliability_bins(confidences: Tensor, accuracies: Tensor, bins: int = BINS) -> dict[str, list[float]]:
     """Returns the bins of a reliability diagram.
 
     Args:
         confidences: (N,) in [0, 1].
         accuracies: (N,) whether the decision was right.
+        bins: How many, of equal width.
     """
     confidences, accuracies = confidences.cpu(), accuracies.cpu().float()
-    bins = _bins(confidences)
-    count = torch.bincount(bins, minlength=BINS).float()
+    place = _bins(confidences, bins)
+    count = torch.bincount(place, minlength=bins).float()
     divisor = count.clamp(min=1)
     return {
-        "confidence": (torch.bincount(bins, confidences, BINS) / divisor).tolist(),
-        "accuracy": (torch.bincount(bins, accuracies, BINS) / divisor).tolist(),
+        "confidence": (torch.bincount(place, confidences, bins) / divisor).tolist(),
+        "accuracy": (torch.bincount(place, accuracies, bins) / divisor).tolist(),
         "count": count.tolist(),
     }
 
 
-def _bins(probabilities: Tensor) -> Tensor:
-    edges = torch.linspace(0, 1, BINS + 1, device=probabilities.device)[1:-1]
+def _bins(probabilities: Tensor, bins: int = BINS) -> Tensor:
+    edges = torch.linspace(0, 1, bins + 1, device=probabilities.device)[1:-1]
     return torch.bucketize(probabilities, edges, right=True)

@@ -69,14 +69,9 @@ def pretrained(weights: str, network: nn.Module | None = None) -> nn.Module:
         UsageError: The path does not exist, or the weights are another network's.
         RunError: The file is corrupt.
     """
-    path = Path(weights)
-    if (path / "student").is_dir():
-        path = path / "student"
-    if path.is_dir():
-        network = network or _build(path / CONFIG_FILE)
-        path = path / WEIGHTS_FILE
-    if not path.is_file():
-        raise UsageError(f"weights: {path} does not exist; give a run folder, a .safetensors or a .pt file")
+    path = weights_file(weights)
+    if network is None and Path(weights).is_dir():
+        network = _build(path.parent / CONFIG_FILE)
     if network is None:
         raise UsageError(f"weights: {path} does not say which network it holds; add `network:` with its class path")
     state = read_weights(path)
@@ -84,6 +79,22 @@ def pretrained(weights: str, network: nn.Module | None = None) -> nn.Module:
         network.materialize(state)  # type: ignore[operator]  # torch takes attributes for tensors
     load_weights(network, state, origin=str(path))
     return network
+
+
+def weights_file(weights: str) -> Path:
+    """Returns the file of a run folder, of its `student/` folder, or the file itself.
+
+    Raises:
+        UsageError: It does not exist.
+    """
+    path = Path(weights)
+    if (path / "student").is_dir():
+        path = path / "student"
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if not path.is_file():
+        raise UsageError(f"weights: {path} does not exist; give a run folder, a .safetensors or a .pt file")
+    return path
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_distill.llm.batch import TokenBatch
     from lit_distill.llm.cached import CachedTeacher
-    from lit_distill.llm.data import ChatDataModule, TextDataModule
+    from lit_distill.llm.data import ChatDataModule, ClassificationDataModule, TextDataModule
     from lit_distill.llm.demonstrations import TaskDemonstrations, TextDemonstrations
     from lit_distill.llm.distillation import TokenDistiller
+    from lit_distill.llm.few_shot import FewShotTasks
     from lit_distill.llm.methods.adaptive_kl import AdaptiveKL, TotalVariation
     from lit_distill.llm.methods.distillm import SkewKL, SkewReverseKL
     from lit_distill.llm.methods.first import FIRST
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lit_distill.llm.methods.taid import TAID
     from lit_distill.llm.methods.uld import GOLD, ULD
     from lit_distill.llm.mixed import TeacherMixed
-    from lit_distill.llm.network import CausalLM
+    from lit_distill.llm.network import CausalLM, pretrained
     from lit_distill.llm.rollouts import AdaptiveReplay, OnPolicy, TeacherWritten
     from lit_distill.llm.served import ServedTeacher
     from lit_distill.llm.speculative import SpeculativeRollout
@@ -61,12 +62,15 @@ _MODULES = {
     "CachedTeacher": "cached",
     "CausalLM": "network",
     "ChatDataModule": "data",
+    "ClassificationDataModule": "data",
+    "FewShotTasks": "few_shot",
     "OnPolicy": "rollouts",
     "TeacherMixed": "mixed",
     "TeacherWritten": "rollouts",
     "TextDataModule": "data",
     "TokenBatch": "batch",
     "TokenDistiller": "distillation",
+    "pretrained": "network",
 }
 
 __all__ = [  # noqa: RUF022 (methods first, then base, data)
@@ -95,6 +99,8 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "CachedTeacher",
     "CausalLM",
     "ChatDataModule",
+    "ClassificationDataModule",
+    "FewShotTasks",
     "OnPolicy",
     "ServedTeacher",
     "SpeculativeRollout",
@@ -105,6 +111,7 @@ __all__ = [  # noqa: RUF022 (methods first, then base, data)
     "TextDemonstrations",
     "TokenBatch",
     "TokenDistiller",
+    "pretrained",
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -33,6 +33,8 @@ class DemonstrationBatch:
         scored: (N,) flat positions `b * Q + i` of all tokens of the queries.
         labels: (N,) the next token where it is one of the answer, else -100.
         index: (B,) numbers of the rows among all rows.
+        question: (B,) which question a row asks: rows that differ in their answer alone are the options of one.
+        right: (B,) whether its answer is the right one.
         total: Tokens of the queries in the whole optimizer step, see `TokenBatch`.
         answered: Tokens of the answers in the whole optimizer step.
     """
@@ -44,6 +46,8 @@ class DemonstrationBatch:
     scored: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
     index: Int[Tensor, " b"]
+    question: Int[Tensor, " b"]
+    right: Bool[Tensor, " b"]
     total: int
     answered: int
 
@@ -61,13 +65,24 @@ class DemonstrationLoader(TokenLoader):
 
     Args:
         splits: (R,) tokens of each row that are the demonstrations.
+        questions: (R,) and `right` (R,), see `DemonstrationBatch`.
+        right: None for both: each row is a question of its own.
         args: See `TokenLoader`.
         kwargs: See `TokenLoader`.
     """
 
-    def __init__(self, splits: Int[Tensor, " r"], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        splits: Int[Tensor, " r"],
+        *args: Any,
+        questions: Int[Tensor, " r"] | None = None,
+        right: Bool[Tensor, " r"] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.splits = splits
+        self.questions = torch.arange(len(splits)) if questions is None else questions
+        self.right = torch.ones(len(splits), dtype=torch.bool) if right is None else right
         upto = torch.nn.functional.pad(self.rows.documents.targets.cumsum(0), (1, 0))
         starts = self.rows.starts
         self.sizes = starts.diff() - splits
@@ -106,6 +121,8 @@ class DemonstrationLoader(TokenLoader):
             scored=scored,
             labels=labels.flatten()[scored],
             index=index,
+            question=self.questions[index],
+            right=self.right[index],
             total=total,
             answered=answered,
         )
@@ -120,10 +137,16 @@ class _Pairs(TokenDataModule):
         """Returns how many tokens of each row are the demonstrations."""
         return part.prompts
 
+    def options(self, part: str) -> dict[str, Tensor]:
+        """Returns `questions` and `right` of the rows of a part, where rows are options of questions."""
+        return {}
+
     def make_loader(self, part: str, training: bool, device: torch.device, sampling: dict[str, Any]) -> EpochLoader:
         """Makes the loader of a part."""
         found: TokenPart = self.part(part)
-        loader = DemonstrationLoader(self.splits(found), found.rows, padding=self.padding, **sampling)
+        loader = DemonstrationLoader(
+            self.splits(found), found.rows, padding=self.padding, **self.options(part), **sampling
+        )
         if training:
             loader.step = lambda number: self._step(number, len(loader))
         return loader
@@ -157,66 +180,32 @@ class TextDemonstrations(_Pairs, TextDataModule):
         return super().fingerprint(part) | {"share": self.share}
 
 
-class TaskDemonstrations(_Pairs):
-    """Demonstrations of a task, and a query with its answer: for fine-tuning of MEND.
+class Tasks(_Pairs):
+    """What data modules of tasks share: a record is demonstrations, input and output, three texts.
 
-    A record has "demonstrations", "input" and "output". Demonstrations are one text, or a list of texts or of records
-    with "input" and "output". Between input and output stands a line end. Where all is longer than `max_length`, the
-    demonstrations lose their beginning; where the query alone is, the record is left out.
+    Where all is longer than `max_length`, the demonstrations lose their beginning; where the query alone is, the record
+    is left out.
 
     Args:
         tokenizer: Folder or name of a tokenizer, as `transformers.AutoTokenizer` takes it.
-        source: A file or folder of .jsonl or .parquet, or the name of a data set that `datasets.load_dataset` knows.
         separator: What stands behind each demonstration.
-        subset: Which configuration of a data set, where it has several.
-        split: Which split of a data set; parts are taken from it by `val_share` and `test_share`.
         kwargs: See `TokenDataModule`.
     """
 
     unit = "records"
+    ends = True  # whether an answer has the tokenizer's end of text behind it
 
-    def __init__(
-        self,
-        tokenizer: str | Path,
-        source: str,
-        separator: str = "\n\n\n",
-        subset: str | None = None,
-        split: str = "train",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, tokenizer: str | Path, separator: str = "\n\n\n", **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
-        self.source = source
         self.separator = separator
-        self.subset = subset
-        self.split = split
 
-    def read(self) -> list[tuple[str, str, str]]:
-        """Reads demonstrations, inputs and outputs as text.
-
-        Raises:
-            UsageError: The source is not there, or a record lacks one of them.
-        """
-        files = find_files(self.source, self.root, TABLES)
-        if files is None:
-            return [self._texts(record) for record in read_hub(self.source, self.subset, self.split)]
-        return [self._texts(record) for file in files for record in read_table(file)]
-
-    def _texts(self, record: Record) -> tuple[str, str, str]:
-        place, fields = record
-        shown = fields.get("demonstrations")
-        shown = [shown] if isinstance(shown, str) else list(shown or [])
-        texts = [_example(entry) if isinstance(entry, dict) else entry for entry in shown]
-        asked, answer = fields.get("input"), fields.get("output")
-        if not texts or not all(isinstance(text, str) and text for text in (*texts, asked, answer)):
-            raise UsageError(
-                f"data.source: {place} needs text in demonstrations, input and output; its fields are "
-                f"{', '.join(map(str, fields))}"
-            )
-        return "".join(f"{text}{self.separator}" for text in texts), f"{asked}\n", str(answer)
+    def texts(self, shown: list[str], asked: str, answer: str) -> tuple[str, str, str]:
+        """Returns a record of demonstrations, input and output."""
+        return "".join(f"{text}{self.separator}" for text in shown), f"{asked}\n", answer
 
     def encode(self, records: list[tuple[str, str, str]]) -> tuple[Documents, Int[Tensor, " d"]]:
         """Tokenizes the three texts of each record apart, and cuts demonstrations to what fits."""
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        end = [self.tokenizer.eos_token_id] if self.ends and self.tokenizer.eos_token_id is not None else []
         ids, targets, splits, shortened, dropped = [], [], [], 0, 0
         for chunk in in_chunks(records, _CHUNK):
             shown, asked, answers = (
@@ -249,5 +238,58 @@ class TaskDemonstrations(_Pairs):
         return documents, torch.tensor(splits)
 
 
-def _example(fields: dict[str, Any]) -> str | None:
+class TaskDemonstrations(Tasks):
+    """Demonstrations of a task, and a query with its answer: for fine-tuning of MEND.
+
+    A record has "demonstrations", "input" and "output". Demonstrations are one text, or a list of texts or of records
+    with "input" and "output". Between input and output stands a line end.
+
+    Args:
+        tokenizer: Folder or name of a tokenizer, as `transformers.AutoTokenizer` takes it.
+        source: A file or folder of .jsonl or .parquet, or the name of a data set that `datasets.load_dataset` knows.
+        subset: Which configuration of a data set, where it has several.
+        split: Which split of a data set; parts are taken from it by `val_share` and `test_share`.
+        kwargs: See `Tasks`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | Path,
+        source: str,
+        subset: str | None = None,
+        split: str = "train",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(tokenizer, **kwargs)
+        self.source = source
+        self.subset = subset
+        self.split = split
+
+    def read(self) -> list[tuple[str, str, str]]:
+        """Reads demonstrations, inputs and outputs as text.
+
+        Raises:
+            UsageError: The source is not there, or a record lacks one of them.
+        """
+        files = find_files(self.source, self.root, TABLES)
+        if files is None:
+            return [self._texts(record) for record in read_hub(self.source, self.subset, self.split)]
+        return [self._texts(record) for file in files for record in read_table(file)]
+
+    def _texts(self, record: Record) -> tuple[str, str, str]:
+        place, fields = record
+        shown = fields.get("demonstrations")
+        shown = [shown] if isinstance(shown, str) else list(shown or [])
+        texts = [example(entry) if isinstance(entry, dict) else entry for entry in shown]
+        asked, answer = fields.get("input"), fields.get("output")
+        if not texts or not all(isinstance(text, str) and text for text in (*texts, asked, answer)):
+            raise UsageError(
+                f"data.source: {place} needs text in demonstrations, input and output; its fields are "
+                f"{', '.join(map(str, fields))}"
+            )
+        return self.texts(texts, asked, answer)
+
+
+def example(fields: dict[str, Any]) -> str | None:
+    """Returns the text of a demonstration, None if it lacks input or output."""
     return f"{fields['input']}\n{fields['output']}" if {"input", "output"} <= fields.keys() else None

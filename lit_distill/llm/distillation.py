@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_distill.core.distiller import Distiller
-from lit_distill.core.errors import UsageError
+from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import derived_seed
+from lit_distill.core.metrics import BINS
 from lit_distill.core.networks import freeze
 from lit_distill.core.optimizers import MatrixDecayAdamW
 from lit_distill.core.taps import FeatureTaps
@@ -57,6 +58,7 @@ class TokenDistiller(Distiller):
         source: Where the teacher's word comes from; None runs `teacher` on each batch.
         rollout: What replaces the batch's completions by generated ones; None trains on the data as they are.
         sample_tokens: Tokens of the continuations of three validation prompts that are kept as samples; 0 for none.
+        bins: Bins of confidence in `ece` and in the reliability diagram.
         kwargs: See `Distiller`.
     """
 
@@ -77,6 +79,7 @@ class TokenDistiller(Distiller):
         source: TeacherSource | None = None,
         rollout: Rollout | None = None,
         sample_tokens: int = 0,
+        bins: int = BINS,
         optimizer: OptimizerCallable = adamw,
         **kwargs: Any,
     ) -> None:
@@ -96,6 +99,8 @@ class TokenDistiller(Distiller):
         self.source = source if source is not None else OnlineTeacher() if teacher is not None else None
         self.rollout = rollout
         self.sample_tokens = sample_tokens
+        check_least("model", 1, bins=bins)
+        self.bins = bins
 
     # ---- construction ----------------------------------------------------------------------------------------------
 
@@ -106,8 +111,8 @@ class TokenDistiller(Distiller):
         if self.teacher is not None:
             freeze(self.teacher)
         self.vocab_size = self.fit_vocabularies(self._data())
-        self.val_metrics = TokenMetrics("val/")
-        self.test_metrics = TokenMetrics("test/")
+        self.val_metrics = TokenMetrics("val/", self.bins)
+        self.test_metrics = TokenMetrics("test/", self.bins)
         self.taps = FeatureTaps(self.student, ())  # a method may want to see more
         if self.source is not None:
             self.source.attach(self)
@@ -233,6 +238,8 @@ class TokenDistiller(Distiller):
     def evaluate(self, batch: TokenBatch, part: str, metrics: TokenMetrics) -> None:
         """Adds a batch to metrics."""
         signal = self.source.signal(batch, part) if self.source is not None else None
+        if signal is not None:
+            self.observe(signal, batch, part)
         facts: Mapping[str, Tensor] = self.student(
             batch.input_ids,
             batch.position_ids,
@@ -240,6 +247,9 @@ class TokenDistiller(Distiller):
             score=lambda hidden, weight: token_facts(hidden, weight[: self.vocab_size], batch.targets, signal),
         )
         metrics.update(facts)
+
+    def observe(self, signal: Signal, batch: TokenBatch, part: str) -> None:
+        """Sees what the teacher says of a batch of validation or test, of which a method may keep facts."""
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/*`, and tells the rollout."""

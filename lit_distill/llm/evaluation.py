@@ -61,18 +61,20 @@ def token_facts(
 
 
 class TokenMetrics(MetricCollection):
-    """Means over tokens: `ce`, `perplexity`, `acc`, `ece` (15 bins of equal width), and `kl`, `agreement` if given.
+    """Means over tokens: `ce`, `perplexity`, `acc`, `ece` (bins of equal width), and `kl`, `agreement` if given.
 
     `match` is the mean over groups of tokens, where a teacher has another tokenizer.
 
     Args:
-        prefix: "val/" or "test/".
+        prefix: "val/" or "test/", and perhaps the name of a network, such as "test/teacher_".
+        bins: Bins of confidence.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, bins: int = BINS) -> None:
         means = {name: MeanMetric() for name in MEANS}
-        super().__init__({**means, "ece": BinaryCalibrationError(BINS, norm="l1")}, prefix=None, compute_groups=False)
+        super().__init__({**means, "ece": BinaryCalibrationError(bins, norm="l1")}, prefix=None, compute_groups=False)
         self.name = prefix
+        self.bins = bins
 
     def update(self, facts: Mapping[str, Tensor]) -> None:  # type: ignore[override]  # one mapping, not one for each
         """Adds what `token_facts` returns."""
@@ -96,4 +98,6 @@ class TokenMetrics(MetricCollection):
         """Returns the bins of a reliability diagram over all processes."""
         calibration: Any = self["ece"]
         with calibration.sync_context():
-            return reliability_bins(dim_zero_cat(calibration.confidences), dim_zero_cat(calibration.accuracies))
+            return reliability_bins(
+                dim_zero_cat(calibration.confidences), dim_zero_cat(calibration.accuracies), self.bins
+            )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.networks import pretrained as core_pretrained
 
 R = TypeVar("R")
 
@@ -402,6 +403,23 @@ class CausalLM(nn.Module):
         # In a tuple, since its modules are those of `network`, and shall not be registered under a second name.
         self._peft = (adapted,)
         self._adapters = frozenset(name for name, weight in self.named_parameters() if weight.requires_grad)
+
+
+def pretrained(weights: str) -> CausalLM:
+    """Loads a language model that a run has trained.
+
+    In YAML, `class_path: lit_distill.llm.pretrained` stands wherever a `CausalLM` may stand.
+
+    Args:
+        weights: A run folder, or its `student/` folder.
+
+    Raises:
+        UsageError: There is none, or it holds another network.
+    """
+    network = core_pretrained(weights)
+    if not isinstance(network, CausalLM):
+        raise UsageError(f"weights: {weights} holds a {type(network).__name__}; name a run of a language model")
+    return network
 
 
 @contextmanager

@@ -244,7 +244,7 @@ FORGETS = (
     ("options", "message"),
     [
         ({"packing": "blocks"}, "data.packing: blocks is not known; give none, ffd"),
-        ({"score": "answers"}, "data.score: answers is not known; give completion or all"),
+        ({"score": "answers"}, "data.score: answers is not known; give completion, answer or all"),
         ({"val_share": 0.5, "test_share": 0.4, "talks": TALKS[:2]}, "data: 2 conversations are too few for 3 parts"),
         ({"max_length": 5}, "data.max_length: within 5 tokens none of the 4 conversations comes to what the assistant"),
         ({"chat_template": "/no/file"}, "data.chat_template: /no/file is neither a file nor a template"),

@@ -11,6 +11,7 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.networks import freeze, pretrained
 from lit_distill.core.strategies import _blocks
 from lit_distill.experiment.export import save_student
+from lit_distill.llm import network as network_module
 from lit_distill.llm.network import CausalLM
 
 LLAMA = {
@@ -227,6 +228,19 @@ def test_the_vocabulary_can_be_an_argument_and_is_kept_with_the_weights(tmp_path
     again = pretrained(str(tmp_path))
     assert again.vocabulary.tolist() == [3, 8, 9]
     assert torch.equal(logits_of(again, tokens % 3), logits_of(network, tokens % 3))
+
+
+def test_a_trained_language_model_stands_where_one_may_stand(tmp_path, tokens):
+    network = drawn(TIED)
+    spec = {"class_path": "lit_distill.llm.network.CausalLM", "init_args": {"config": TIED}}
+    save_student(network.state_dict(), spec, tmp_path / "run/student")
+    again = network_module.pretrained(str(tmp_path / "run"))
+    assert torch.equal(logits_of(again, tokens), logits_of(network, tokens))
+    other = torch.nn.Linear(2, 2)
+    spec = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
+    save_student(other.state_dict(), spec, tmp_path / "other/student")
+    with pytest.raises(UsageError, match=r"other holds a Linear; name a run of a language model"):
+        network_module.pretrained(str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("ids", [[], [1, 1], [-1, 3], [61]])

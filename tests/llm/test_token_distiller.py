@@ -370,6 +370,29 @@ def test_first_learns_the_calibrated_tokens(tmp_path):
     torch.testing.assert_close(module.terms["match"], wanted.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("calibration", ["trustworthy", "smoothing", "none"])
+@torch.no_grad()
+def test_first_tells_how_calibrated_the_teacher_is(tmp_path, calibration):
+    teacher = language_model(1)
+    c = 0.4 if calibration == "trustworthy" else None
+    module = FIRST(language_model(0), teacher, k=3, c=c, calibration=calibration, bins=5)
+    runner, data = trainer(tmp_path, max_steps=1), Pairs()
+    with torch.enable_grad():
+        runner.fit(module, data)
+    (logged,) = runner.test(module, data, verbose=False)
+    batch = token_batch(pairs(4, seed=1) + pairs(3, seed=2))
+    p, ids = logits_of(teacher, batch).softmax(-1).topk(3)
+    right = (ids[:, 0] == batch.targets).float()
+    taken = p[:, 0].clamp(max=0.1)
+    said = {"trustworthy": (p / 0.4).softmax(-1)[:, 0], "smoothing": p[:, 0] - taken, "none": p[:, 0]}[calibration]
+    for name, confidence in (("teacher", p[:, 0]), ("calibrated", said)):
+        gaps = torch.zeros(5).index_add(0, (5 * confidence).long().clamp(max=4), right - confidence)
+        assert logged[f"test/{name}_ece"] == pytest.approx(float(gaps.abs().sum() / len(right)), abs=1e-4), name
+    assert logged["test/teacher_acc"] == pytest.approx(float(right.mean()))
+    assert ("test/c" in logged) == (calibration == "trustworthy")
+    assert "test/calibrated_acc" not in logged
+
+
 def test_kept_tokens_may_be_more_but_not_fewer():
     kept = TopK(torch.tensor([[4, 9, 2]]), torch.tensor([[-3.0, -0.5, -1.0]]))
     fewer = most_probable(kept, 2)

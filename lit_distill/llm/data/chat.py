@@ -63,7 +63,8 @@ class ChatDataModule(TokenDataModule):
         completion_field: Likewise what the assistant says to that.
         chat_template: A Jinja template, or a file with one. None takes the tokenizer's own, or a small ChatML template
             if it has none.
-        score: "completion", what the assistant says; "all", everything.
+        score: "completion", what the assistant says; "answer", the first token of that, where answers are told apart
+            by it; "all", everything.
         subset: Which configuration of a data set, where it has several.
         split: Which split of a data set; parts are taken from it by `val_share` and `test_share`.
         kwargs: See `TokenDataModule`.
@@ -86,8 +87,8 @@ class ChatDataModule(TokenDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
-        if score not in ("completion", "all"):
-            raise UsageError(f"data.score: {score} is not known; give completion or all")
+        if score not in ("completion", "answer", "all"):
+            raise UsageError(f"data.score: {score} is not known; give completion, answer or all")
         self.source = source
         self.messages_field = messages_field
         self.prompt_field = prompt_field
@@ -158,8 +159,10 @@ class ChatDataModule(TokenDataModule):
                 said = said[: self.max_length]
                 dropped += not said.any()
                 ids.append(np.array(tokens[: self.max_length], dtype=np.int32))
-                targets.append(said if self.score == "completion" or not said.any() else np.ones_like(said))
-                begins = np.flatnonzero(np.diff(said.astype(np.int8), prepend=0) == 1)
+                first = np.diff(said.astype(np.int8), prepend=0) == 1
+                everything = np.ones_like(said) if said.any() else said
+                targets.append({"completion": said, "answer": first, "all": everything}[self.score])
+                begins = np.flatnonzero(first)
                 prompts.append(int(begins[-1]) if len(begins) else 0)
                 marks.append(places[: self.max_length])
         self._report(len(records), shortened, dropped)

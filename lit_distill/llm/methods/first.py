@@ -10,11 +10,13 @@ from torch import Tensor
 from lit_distill.core.errors import UsageError
 from lit_distill.core.reference import Reference
 from lit_distill.core.strategies import gathered
+from lit_distill.llm.batch import TokenBatch
 from lit_distill.llm.distillation import TokenDistiller
+from lit_distill.llm.evaluation import TokenMetrics
 from lit_distill.llm.fused import slices
 from lit_distill.llm.losses import calibrate_topk, smooth_topk, topk_kl
 from lit_distill.llm.network import CausalLM
-from lit_distill.llm.signals import Target, TopK
+from lit_distill.llm.signals import Signal, Target, TopK
 
 
 class FIRST(TokenDistiller):
@@ -24,7 +26,11 @@ class FIRST(TokenDistiller):
         D_i = \sum_{j \in S} \tilde p_j \log \frac{\tilde p_j}{q_j}
 
     c is the one in (0, 1] whose first choices have the least expected calibration error on the validation tokens (10
-    bins): steps of 0.1, then of 0.02 around the best. The softmax is over probabilities, as published.
+    bins): steps of 0.1, then of 0.02 around the best. The softmax is over probabilities, as published. Published is a c
+    found on answers alone: with `ClassificationDataModule` nothing else is scored.
+
+    Logged in the test besides: `teacher_acc` and `teacher_ece` of the teacher's first choices, `calibrated_ece` of what
+    the student learned from, and `c`.
 
     Args:
         student: The language model to train.
@@ -67,13 +73,41 @@ class FIRST(TokenDistiller):
 
     def divergence(self, student_logits: Float[Tensor, "n v"], target: Target) -> Float[Tensor, " n"]:
         """Compares the student with the calibrated tokens."""
-        kept = most_probable(target, self.k)
+        return topk_kl(student_logits, self.calibrated(most_probable(target, self.k)), support=self.support)
+
+    def calibrated(self, kept: TopK) -> TopK:
+        """Returns the most probable tokens with the probabilities that the student learns."""
         if self.calibration == "trustworthy":
             assert self.c is not None
-            kept = calibrate_topk(kept, c=self.c)
-        elif self.calibration == "smoothing":
-            kept = smooth_topk(kept)
-        return topk_kl(student_logits, kept, support=self.support)
+            return calibrate_topk(kept, c=self.c)
+        return smooth_topk(kept) if self.calibration == "smoothing" else kept
+
+    def build(self) -> None:
+        """Adds metrics of the teacher."""
+        super().build()
+        self.teacher_metrics = TokenMetrics("test/teacher_", self.bins)
+        self.calibrated_metrics = TokenMetrics("test/calibrated_", self.bins)
+
+    def observe(self, signal: Signal, batch: TokenBatch, part: str) -> None:
+        """Collects the teacher's first choices in the test, as they are and calibrated."""
+        if part != "test" or (self.calibration == "trustworthy" and self.c is None):
+            return
+        for rows in slices(len(batch.targets), self.vocab_size):
+            kept = most_probable(signal[rows], self.k)
+            right = (kept.ids[:, 0] == batch.targets[rows]).float()
+            for metrics, said in ((self.teacher_metrics, kept), (self.calibrated_metrics, self.calibrated(kept))):
+                metrics.update({"acc": right, "confidence": said.logprobs[:, 0].exp()})
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the teacher's figures beside the student's."""
+        super().on_test_epoch_end()
+        found = self.teacher_metrics.compute() | self.calibrated_metrics.compute()
+        found.pop("test/calibrated_acc", None)  # no choice is another one
+        if found and self.calibration == "trustworthy":
+            found["test/c"] = torch.tensor(self.c)
+        self.log_dict(found, sync_dist=True)
+        self.teacher_metrics.reset()
+        self.calibrated_metrics.reset()
 
     def on_train_start(self) -> None:
         """Finds c, if it is wanted and not known."""

@@ -5,20 +5,21 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError, check_least
-from lit_distill.core.networks import freeze
+from lit_distill.core.networks import freeze, load_weights, read_weights, weights_file
 from lit_distill.core.reference import Reference
 from lit_distill.llm.demonstrations import DemonstrationBatch
 from lit_distill.llm.distillation import adamw, shared_vocabulary
 from lit_distill.llm.fused import Terms, score_tokens
 from lit_distill.llm.losses import cross_entropy, forward_kl
 from lit_distill.llm.network import CausalLM
+from lit_distill.llm.options import OptionAccuracy, answer_facts, row_means
 from lit_distill.llm.signals import HiddenSignal, Signal
 from lit_distill.llm.soft_prompt import SoftPromptEncoder
 
@@ -36,6 +37,11 @@ class MEND(Distiller):
     Logged in validation and test: `kl` to what the model says with the demonstrations, `kl_without` of the same model
     with neither demonstrations nor vectors, `ce` of answers (on text: of the query), `ce_context` and `ce_without`; and
     how many tokens the model reads for a query, `tokens` with the vectors and `tokens_context` with the demonstrations.
+    Before the first query, the distiller reads the demonstrations once: `tokens_distiller`.
+
+    Where questions come with their options (`FewShotTasks`), all this is of the right answers, and there is besides the
+    share of questions of which the right answer has the least mean loss over its tokens: `acc`, `acc_context` (vanilla
+    in-context learning) and `acc_without`.
 
     Args:
         student: The distiller g, such as the first layers of the teacher.
@@ -43,6 +49,7 @@ class MEND(Distiller):
         vectors: n.
         phase: "pretrain" or "finetune".
         distill_weight: lambda, in fine-tuning.
+        weights: Run folder of the pretraining, or its `student/` folder, to go on from.
         kwargs: See `Distiller`.
     """
 
@@ -64,6 +71,7 @@ class MEND(Distiller):
         vectors: int = 100,
         phase: Literal["pretrain", "finetune"] = "pretrain",
         distill_weight: float = 1.0,
+        weights: str | None = None,
         optimizer: OptimizerCallable = adamw,
         **kwargs: Any,
     ) -> None:
@@ -72,6 +80,7 @@ class MEND(Distiller):
         check_least("model", 0, distill_weight=distill_weight)
         self.phase: Literal["pretrain", "finetune"] = phase
         self.distill_weight = distill_weight
+        self.weights = weights
 
     def build(self) -> None:
         """Loads the networks, and makes placeholders and adapter.
@@ -95,10 +104,16 @@ class MEND(Distiller):
         freeze(self.teacher)
         self.vocab_size = shared_vocabulary(networks, data)
         self.student.fit_to(self.teacher.hidden_size)
+        if self.weights is not None:
+            load_weights(self.student, read_weights(weights_file(self.weights)), origin=self.weights)
         self.means = nn.ModuleDict({part: nn.ModuleDict() for part in ("val", "test")})
-        for means in self.means.values():
+        self.choices = nn.ModuleDict({part: nn.ModuleDict() for part in ("val", "test")})
+        for part in ("val", "test"):
+            means, choices = self.means[part], self.choices[part]
             assert isinstance(means, nn.ModuleDict)
+            assert isinstance(choices, nn.ModuleDict)
             means.update({name: MeanMetric() for name in _MEANS})
+            choices.update({name: OptionAccuracy() for name in _CHOICES})
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -178,31 +193,65 @@ class MEND(Distiller):
     def evaluate(self, batch: DemonstrationBatch, part: str) -> None:
         """Adds a batch to the means of a part."""
         signal = self.with_context(batch)
-        both: Terms = {"ce": (_ce, 1.0), "kl": (_kl, 1.0)}
-        _, ours = self.with_vectors(batch, self.distill(batch), signal, both, 1.0)
-        _, without = self.with_vectors(batch, None, signal, both, 1.0)
-        _, context = score_tokens(signal.hidden, signal.weight, batch.labels, None, {"ce": (_ce, 1.0)}, scale=1.0)
-        tokens, answers = len(batch.scored), (batch.labels >= 0).sum()
-        sums = {"kl": ours["kl"], "kl_without": without["kl"]}
-        self._add(part, sums, torch.tensor(tokens, device=answers.device))
-        self._add(part, {"ce": ours["ce"], "ce_context": context["ce"], "ce_without": without["ce"]}, answers)
-        kept, shown = len(batch) * self.student.vectors, batch.lengths.sum()
-        read = {"tokens": torch.full_like(shown, tokens + kept), "tokens_context": tokens + shown}
-        self._add(part, read, torch.tensor(len(batch), device=answers.device))
+        context = answer_facts(signal.hidden, signal.weight, batch.labels, None)
+        ours = self.facts(batch, self.distill_questions(batch), signal)
+        without = self.facts(batch, None, signal)
+        row = batch.scored // batch.queries.shape[1]
+        right, answer = batch.right[row], batch.labels >= 0
+        self._add(part, {"kl": ours["kl"], "kl_without": without["kl"]}, right)
+        losses = {"ce": ours["ce"], "ce_context": context["ce"], "ce_without": without["ce"]}
+        self._add(part, losses, right & answer)
+        queries = torch.bincount(row, minlength=len(batch))
+        read = {
+            "tokens": queries + self.student.vectors,
+            "tokens_context": queries + batch.lengths,
+            "tokens_distiller": batch.lengths + self.student.vectors,
+        }
+        self._add(part, read, batch.right)
+        choices: Any = self.choices[part]
+        for name, facts in zip(_CHOICES, (ours, context, without), strict=True):
+            choices[name].update(row_means(facts["ce"], row, answer, len(batch)), batch.question, batch.right)
 
-    def _add(self, part: str, sums: Mapping[str, Tensor], count: Tensor) -> None:
+    def facts(
+        self, batch: DemonstrationBatch, vectors: Float[Tensor, "b n h"] | None, signal: HiddenSignal
+    ) -> dict[str, Tensor]:
+        """Computes facts about each token of the queries, with vectors before them or with nothing."""
+        return self.teacher(
+            batch.queries,
+            None,
+            batch.places(0 if vectors is None else vectors.shape[1]),
+            score=lambda hidden, weight: answer_facts(hidden, weight[: self.vocab_size], batch.labels, signal),
+            before=vectors,
+        )
+
+    def distill_questions(self, batch: DemonstrationBatch) -> Float[Tensor, "b n h"]:
+        """Returns the vectors of each row, once for each question: its options share the demonstrations."""
+        _, place = batch.question.unique(return_inverse=True)
+        rows = torch.arange(len(batch), device=place.device)
+        first = rows.new_full((int(place.max()) + 1,), len(batch)).scatter_reduce(0, place, rows, "amin")
+        width = batch.demonstrations.shape[1]
+        vectors = self.student(batch.demonstrations[first], batch.positions[first, :width], batch.lengths[first])
+        return vectors[place]
+
+    def _add(self, part: str, values: Mapping[str, Tensor], counted: Bool[Tensor, " n"]) -> None:
         means: Any = self.means[part]
-        for name, value in sums.items():
-            means[name].update(value / count.clamp(min=1), weight=count)
+        for name, value in values.items():
+            means[name].update(value.float(), weight=counted.float())
 
     def _log_means(self, part: str) -> None:
         means: Any = self.means[part]
-        self.log_dict({f"{part}/{name}": mean.compute() for name, mean in means.items()})
-        for mean in means.values():
-            mean.reset()
+        found = {name: mean.compute() for name, mean in means.items()}
+        choices: Any = self.choices[part]
+        for name, choice in choices.items():
+            if choice.has_options():
+                found[name] = choice.compute()
+        self.log_dict({f"{part}/{name}": value for name, value in found.items()})
+        for metric in (*means.values(), *choices.values()):
+            metric.reset()
 
 
-_MEANS = ("kl", "kl_without", "ce", "ce_context", "ce_without", "tokens", "tokens_context")
+_MEANS = ("kl", "kl_without", "ce", "ce_context", "ce_without", "tokens", "tokens_context", "tokens_distiller")
+_CHOICES = ("acc", "acc_context", "acc_without")
 
 
 def _ce(logits: Tensor, _target: Any, labels: Tensor) -> Tensor:
