@@ -26,7 +26,7 @@ from lit_distill.llm.fused import Sliced, Terms, score_tokens
 from lit_distill.llm.losses import cross_entropy
 from lit_distill.llm.network import CausalLM
 from lit_distill.llm.rollouts import Rollout
-from lit_distill.llm.signals import Target
+from lit_distill.llm.signals import Signal, Target
 from lit_distill.llm.teachers import OnlineTeacher, TeacherSource
 
 
