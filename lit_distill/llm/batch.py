@@ -39,7 +39,8 @@ class TokenBatch:
     def to(self, device: torch.device | str, **_options: Any) -> "TokenBatch":
         """Returns the batch on a device, all but `index`. Lightning calls this."""
         names = ("input_ids", "position_ids", "scored", "targets")
-        return replace(self, **{name: sent(getattr(self, name), torch.device(device)) for name in names})
+        moved: dict[str, Any] = {name: sent(getattr(self, name), torch.device(device)) for name in names}
+        return replace(self, **moved)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
