@@ -90,8 +90,8 @@ class TokenBatch:
     def to(self, device: torch.device | str, **_options: Any) -> "TokenBatch":
         """Returns the batch on a device, all but `index`. Lightning calls this."""
         names = ("input_ids", "position_ids", "scored", "targets")
-        there = {name: sent(getattr(self, name), torch.device(device)) for name in names}
-        return replace(self, **there, paired=move_data_to_device(self.paired, torch.device(device)))
+        moved: dict[str, Any] = {name: sent(getattr(self, name), torch.device(device)) for name in names}
+        return replace(self, **moved, paired=move_data_to_device(self.paired, torch.device(device)))
 
     def take(self, rows: Int[Tensor, " r"], total: int) -> tuple["TokenBatch", Bool[Tensor, " n"]]:
         """Takes some of the rows.

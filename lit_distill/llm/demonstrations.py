@@ -287,7 +287,7 @@ class TaskDemonstrations(Tasks):
                 f"data.source: {place} needs text in demonstrations, input and output; its fields are "
                 f"{', '.join(map(str, fields))}"
             )
-        return self.texts(texts, asked, answer)
+        return self.texts([str(text) for text in texts], str(asked), str(answer))
 
 
 def example(fields: dict[str, Any]) -> str | None:
