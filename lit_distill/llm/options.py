@@ -11,12 +11,12 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lit_distill.llm.fused import slices
 from lit_distill.llm.losses import cross_entropy, forward_kl
-from lit_distill.llm.signals import Signal
+from lit_distill.llm.signals import HiddenSignal
 
 
 @torch.no_grad()
 def answer_facts(
-    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"], signal: Signal | None
+    hidden: Float[Tensor, "n h"], weight: Float[Tensor, "v h"], labels: Int[Tensor, " n"], signal: HiddenSignal | None
 ) -> dict[str, Tensor]:
     """Computes facts about each token, slice by slice.
 
