@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 # Before anything of ours is imported: shapes in signatures are enforced in tests, and cost nothing in production.
 jaxtyping.install_import_hook(
-    ["lit_distill.losses", "lit_distill.image", "lit_distill.graph", "lit_distill.dataset", "lit_distill.llm"],
+    [f"lit_distill.{part}" for part in ("losses", "image", "graph", "dataset", "llm", "diffusion")],
     "beartype.beartype",
 )
 

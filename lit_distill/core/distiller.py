@@ -78,6 +78,7 @@ class Distiller(LightningModule):
         self.terms: dict[str, Tensor] = {}
         self.panels: dict[str, Any] = {}
         self._window: dict[str, list[Tensor]] = {}
+        self._watched: set[str] = set()
         self._built = False
 
     def build(self) -> None:
@@ -180,19 +181,21 @@ class Distiller(LightningModule):
         first, *rest = (value.float() for value in terms.values())
         return sum(rest, start=first)
 
-    def record(self, terms: Mapping[str, Tensor]) -> None:
+    def record(self, terms: Mapping[str, Tensor], watched: Mapping[str, Tensor] | None = None) -> None:
         """Logs the means of the weighted terms over the logging interval.
 
         The only host synchronisation is at the interval; there too a loss that is not finite stops the run.
 
         Args:
             terms: See `combine`.
+            watched: Other numbers to log as `train/<name>`, which are no part of the loss.
 
         Raises:
             RunError: The mean loss of the interval is not finite.
         """
         self.terms = dict(terms)
-        for name, value in terms.items():
+        self._watched |= set(watched or ())
+        for name, value in {**terms, **(watched or {})}.items():
             self._window.setdefault(name, []).append(value.detach().float())
         if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it late
             self._log_window()
@@ -273,7 +276,8 @@ class Distiller(LightningModule):
                     "the term, or clip gradients (--trainer.gradient_clip_val 1.0, or the method's clip_norm); "
                     "the last good checkpoint is kept"
                 )
-        logged = {f"train/{name}": value for name, value in values.items()} | {"train/loss": sum(values.values())}
+        total = sum(value for name, value in values.items() if name not in self._watched)
+        logged = {f"train/{name}": value for name, value in values.items()} | {"train/loss": total}
         self.log("train/loss", logged["train/loss"], prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics({**logged, "epoch": self.current_epoch}, step=self.iteration)

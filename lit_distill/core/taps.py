@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from lit_distill.core.errors import UsageError
+
+
+class _SeenAll(Exception):  # noqa: N818 (no error: the rest of a forward is not needed)
+    """Ends a forward whose features have all been seen."""
 
 
 class FeatureTaps:
@@ -67,6 +72,44 @@ class FeatureTaps:
             for handle in handles:
                 handle.remove()
         return output, {name: self._pick(name, seen) for name in self.names}
+
+    def features(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Runs the network for its features alone: it stops when all have been seen, where they have plain names.
+
+        Under FSDP2, whose modules must run to their ends, it runs on.
+
+        Returns:
+            See `__call__`, which says what is refused, too.
+        """
+        plain = all(run is None for _, run, _ in self._runs.values())
+        if not plain or any(isinstance(module, FSDPModule) for module in self.network.modules()):
+            return self(*args, **kwargs)[1]
+        missing = {(path, given) for path, _, given in self._runs.values()}
+        modules = dict(self.network.named_modules())
+        seen: dict[tuple[str, bool], list[tuple[Any, int]]] = {key: [] for key in missing}
+
+        def stop(key: tuple[str, bool]) -> None:
+            missing.discard(key)
+            if not missing:
+                raise _SeenAll
+
+        # A second hook behind that of each tap.
+        handles = [_watch(modules[path], given, runs) for (path, given), runs in seen.items()]
+        for key in seen:
+            ends = modules[key[0]]
+            handles.append(
+                ends.register_forward_pre_hook(lambda *_, key=key: stop(key))
+                if key[1]
+                else ends.register_forward_hook(lambda *_, key=key: stop(key))
+            )
+        try:
+            self.network(*args, **kwargs)
+        except _SeenAll:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: self._pick(name, seen) for name in self.names}
 
     def _pick(self, name: str, seen: Mapping[tuple[str, bool], list[tuple[Any, int]]]) -> Tensor:
         path, run, given = self._runs[name]

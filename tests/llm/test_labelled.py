@@ -59,7 +59,7 @@ def test_turns_of_a_conversation_count_with_their_first_token(tokenizer, tmp_pat
 def test_accuracy_and_calibration_are_those_of_answers(classified, tmp_path):
     network = language_model(0, vocab_size=128, max_position_embeddings=128)
     module = SupervisedFineTuning(network, bins=4, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    data, runner = classified(val_share=0.0, test_share=0.5), trainer(tmp_path, max_steps=1)
+    data, runner = classified(val_share=0.0, test_share=0.5, max_length=128), trainer(tmp_path, max_steps=1)
     with torch.enable_grad():
         runner.fit(module, data)
     (logged,) = runner.test(module, data, verbose=False)
