@@ -339,3 +339,18 @@ def test_default_slices_are_small_and_leave_nothing_out(vocabulary):
     assert size == 1 or size * vocabulary * 4 <= SLICE_BYTES
     assert len(cut) == math.ceil(5000 / size)
     assert list(slices(0, vocabulary)) == []
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_the_jsd_is_that_of_liger(beta):
+    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    (hidden, weight, labels, signal), (theirs_hidden, theirs_weight, *_) = parts(torch.float32), parts(torch.float32)
+    chunked = liger.LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, compiled=False, chunk_size=4)
+    theirs = chunked(theirs_hidden, theirs_weight, signal.hidden, signal.weight, labels)
+    terms = {"jsd": (lambda s, t, _: generalized_jsd(s, t, teacher_weight=beta), 1.0)}
+    ours, _ = score_tokens(hidden, weight, labels, signal, terms, scale=1 / N, chunk=3)
+    theirs.backward()
+    ours.backward()
+    torch.testing.assert_close(ours, theirs.reshape(()))
+    torch.testing.assert_close(hidden.grad, theirs_hidden.grad)
+    torch.testing.assert_close(weight.grad, theirs_weight.grad)
