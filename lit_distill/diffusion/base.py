@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_distill.core.distiller import Distiller
+from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import derived_seed
 from lit_distill.diffusion.denoiser import Denoiser, guided
 from lit_distill.diffusion.draws import Draws
@@ -63,6 +64,27 @@ class DiffusionDistiller(Distiller):
         self.sample_guidance = sample_guidance
         self.evaluation = evaluation if evaluation is not None else GenerationEvaluation()
 
+    def build(self) -> None:
+        """Tells the networks what "no condition" is, where the data know: text data know the empty prompt.
+
+        Raises:
+            UsageError: A network was made for samples of other channels than the data have.
+        """
+        super().build()
+        channels = self._data().sample_shape[0]
+        for role, denoiser in (("student", self.student), ("teacher", self.teacher)):
+            wanted = getattr(getattr(getattr(denoiser, "network", None), "config", None), "in_channels", channels)
+            if wanted != channels:
+                raise UsageError(
+                    f"model.{role}: its network takes {wanted} channels, the data have {channels}; give data (or the "
+                    "autoencoder) that it was made for"
+                )
+        if hasattr(self._data(), "null_condition"):
+            null = self._data().null_condition()
+            for denoiser in (self.student, self.teacher):
+                if denoiser is not None and denoiser.null == "empty_prompt":
+                    denoiser.set_null(null)
+
     @property
     def path(self) -> GaussianPath:
         """The path of the student."""
@@ -75,17 +97,26 @@ class DiffusionDistiller(Distiller):
 
     def real(self, batch: Any) -> tuple[Float[Tensor, "b *sample"], Condition]:
         """Returns the samples of a batch and their conditions; none where the student knows no classes."""
-        return batch.images, self.classes_of(batch.labels)
+        if batch.images is None:
+            raise UsageError("data: it has prompts alone, and real samples are asked for; give images with captions")
+        return batch.images, batch.condition if hasattr(batch, "condition") else self.classes_of(batch.labels)
 
     def classes_of(self, labels: Tensor) -> Condition:
         """Returns class numbers as a condition, or none where the student knows no classes."""
         return labels if self.student.num_classes else None
 
+    def example_condition(self, count: int) -> Condition:
+        """Returns conditions to try networks with: of text data the empty prompt, otherwise the first class."""
+        if hasattr(self._data(), "null_condition"):
+            null = self._data().null_condition()
+            return {name: value.to(self.device).expand(count, *value.shape[1:]) for name, value in null.items()}
+        return self.classes_of(torch.zeros(count, dtype=torch.long, device=self.device))
+
     def example_inputs(self) -> tuple[Any, ...]:
         """One sample at the largest time."""
         sample = torch.zeros(1, *self._data().sample_shape, device=self.device)
         time = torch.full((1,), self.path.t_max, dtype=torch.float64, device=self.device)
-        condition = self.classes_of(torch.zeros(1, dtype=torch.long, device=self.device))
+        condition = self.example_condition(1)
         return (sample, time) if condition is None else (sample, time, condition)
 
     @torch.no_grad()

@@ -176,15 +176,18 @@ class ScoreDistiller(DiffusionDistiller):
         self.record(terms | fake_terms, watched={"student_std": sample.x0.std()})
 
     def conditions(self, batch: Any, draws: Draws) -> Condition:
-        """Returns the conditions to generate for: classes at random, each as likely."""
+        """Returns the conditions to generate for: the batch's prompts, or classes at random, each as likely."""
+        if hasattr(batch, "condition"):
+            return batch.condition
         if not self.student.num_classes:
             return None
         return draws.integers(self.student.num_classes, len(batch.images))
 
     def student_forward(self, batch: Any, condition: Condition, draws: Draws) -> Sample:
         """Makes the samples of this iteration."""
-        real, _ = self.real(batch)
-        return self.rollout(self.student, draws.normal(real.shape).to(real), condition, draws, real)
+        # Prompts alone have no images; then the rollout cannot take data.
+        noise = draws.normal((len(batch.index), *self._data().sample_shape))
+        return self.rollout(self.student, noise, condition, draws, batch.images)
 
     def student_gradient(self, sample: Sample, condition: Condition, draws: Draws) -> Float[Tensor, "b *sample"]:
         """Returns g; the samples are moved along -g."""
