@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
     from lit_distill.diffusion.methods.dmd import DMD
     from lit_distill.diffusion.methods.dmd2 import DMD2
+    from lit_distill.diffusion.methods.f_distill import FDistill
+    from lit_distill.diffusion.methods.sid import SiD
+    from lit_distill.diffusion.methods.snoopi import SNOOPI
+    from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
     from lit_distill.diffusion.models import GaussianMixture, ResidualMLP, small_unet
     from lit_distill.diffusion.networks import diffusers_network
     from lit_distill.diffusion.paths import (
@@ -34,6 +38,10 @@ _MODULES = {
     "DMD2": "methods.dmd2",
     "Denoising": "methods.denoising",
     "DiffInstruct": "methods.diff_instruct",
+    "FDistill": "methods.f_distill",
+    "SNOOPI": "methods.snoopi",
+    "SiD": "methods.sid",
+    "SwiftBrush": "methods.swiftbrush",
     "CosinePath": "paths",
     "Denoiser": "denoiser",
     "DiffusionDistiller": "base",
@@ -60,6 +68,10 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "DMD2",
     "Denoising",
     "DiffInstruct",
+    "FDistill",
+    "SNOOPI",
+    "SiD",
+    "SwiftBrush",
     "Denoiser",
     "GaussianMixture",
     "ResidualMLP",
