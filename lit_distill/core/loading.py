@@ -230,9 +230,9 @@ class TensorLoader(EpochLoader):
     ) -> None:
         super().__init__(sampler, batch_size, rank=rank, world_size=world_size, drop_last=drop_last)
         for name, tensor in tensors.items():
-            if len(tensor) != len(sampler):
+            if len(tensor) != sampler.size:
                 raise UsageError(
-                    f"data: '{name}' has {len(tensor)} samples, the sampler {len(sampler)}; make them equal"
+                    f"data: '{name}' has {len(tensor)} samples, the sampler {sampler.size}; make them equal"
                 )
         self.device = torch.device(device)
         self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lit_distill.core.data import EpochDataModule, Labelled
+from lit_distill.core.data import EpochDataModule
 from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import EpochLoader, EpochPermutation
 from lit_distill.image.data.base import ImageDataModule
@@ -39,14 +39,12 @@ class GeneratorImages(EpochDataModule[Any]):
             raise UsageError(f"data.epoch_batches is {epoch_batches}; give 1 or more")
         self.source = source
         self.epoch_batches = epoch_batches
-        # Known before anything is read, so that files can refer to them.
-        self.num_classes = source.num_classes
-        self.sample_shape = source.sample_shape
 
-    def read_parts(self) -> dict[str, Labelled]:
+    def read_parts(self) -> dict[str, Any]:
         """Reads the data of the source."""
         self.source.setup()
         self.num_classes, self.classes = self.source.num_classes, tuple(self.source.classes)
+        self.sample_shape = self.source.sample_shape
         return {name: self.source.part(name) for name in ("train", "val", "test") if self.source.has_part(name)}
 
     def no_part(self, name: str) -> str:

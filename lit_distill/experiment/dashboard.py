@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -585,9 +586,9 @@ def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
     )
 
 
-def picture_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
+def picture_panel(group: Group, panels: Sequence[Any], look: Look, kind: str = "picture") -> Figure:
     """A picture that the first run left in its folder: SVG or PNG, shown as an image, in which no script runs."""
-    run, panel = next((run, run.panels["picture"]) for run in group.runs if "picture" in run.panels)
+    run, panel = next((run, run.panels[kind]) for run in group.runs if kind in run.panels)
     file = Path(str(panel["file"]))
     if file.suffix not in PICTURE_TYPES or file.is_absolute() or ".." in file.parts:
         raise ValueError("a picture is an SVG or PNG file in the run's folder")
@@ -639,6 +640,9 @@ class PanelKind:
 PANELS = {
     "picture": PanelKind(
         "Distilled data", "What the student was trained on, or the most frequent parts of it.", picture_panel
+    ),
+    "samples": PanelKind(
+        "Samples", "What the generators make of the same noise.", partial(picture_panel, kind="samples")
     ),
     "text": PanelKind(
         "Text", "What student and teacher write to the same prompts, word by word the likeliest.", text_panel
