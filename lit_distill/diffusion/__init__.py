@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.distillation import ScoreDistiller
     from lit_distill.diffusion.evaluation import GenerationEvaluation
     from lit_distill.diffusion.fake import FullCopy, LoRA
+    from lit_distill.diffusion.latents import Autoencoder, GeneratorLatents
     from lit_distill.diffusion.methods.denoising import Denoising
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
     from lit_distill.diffusion.methods.dmd import DMD
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.methods.snoopi import SNOOPI
     from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
     from lit_distill.diffusion.models import GaussianMixture, ResidualMLP, small_unet
+    from lit_distill.diffusion.nasa import ClassTokens
     from lit_distill.diffusion.networks import diffusers_network
     from lit_distill.diffusion.paths import (
         CosinePath,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         from_scheduler,
         scheduler_path,
     )
+    from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
 
 _MODULES = {
     "DMD": "methods.dmd",
@@ -42,6 +45,8 @@ _MODULES = {
     "SNOOPI": "methods.snoopi",
     "SiD": "methods.sid",
     "SwiftBrush": "methods.swiftbrush",
+    "Autoencoder": "latents",
+    "ClassTokens": "nasa",
     "CosinePath": "paths",
     "Denoiser": "denoiser",
     "DiffusionDistiller": "base",
@@ -51,9 +56,13 @@ _MODULES = {
     "GaussianMixture": "models",
     "GenerationEvaluation": "evaluation",
     "GeneratorImages": "data",
+    "GeneratorLatents": "latents",
     "LoRA": "fake",
+    "PromptEvaluation": "text",
+    "Prompts": "text",
     "ResidualMLP": "models",
     "ScoreDistiller": "distillation",
+    "TextEncoder": "text",
     "TrigPath": "paths",
     "VPPath": "paths",
     "diffusers_network": "networks",
@@ -72,6 +81,7 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "SNOOPI",
     "SiD",
     "SwiftBrush",
+    "ClassTokens",
     "Denoiser",
     "GaussianMixture",
     "ResidualMLP",
@@ -85,12 +95,17 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "VPPath",
     "from_scheduler",
     "scheduler_path",
+    "Autoencoder",
     "DiffusionDistiller",
     "FullCopy",
     "GenerationEvaluation",
     "GeneratorImages",
+    "GeneratorLatents",
     "LoRA",
+    "PromptEvaluation",
+    "Prompts",
     "ScoreDistiller",
+    "TextEncoder",
 ]
 
 
