@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_distill.diffusion.autoencoder import Autoencoder
     from lit_distill.diffusion.base import DiffusionDistiller
     from lit_distill.diffusion.data import GeneratorImages
     from lit_distill.diffusion.denoiser import Denoiser, guided
     from lit_distill.diffusion.distillation import ScoreDistiller
     from lit_distill.diffusion.evaluation import GenerationEvaluation
     from lit_distill.diffusion.fake import FullCopy, LoRA
-    from lit_distill.diffusion.latents import Autoencoder, GeneratorLatents
+    from lit_distill.diffusion.latents import GeneratorLatents
     from lit_distill.diffusion.methods.denoising import Denoising
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
     from lit_distill.diffusion.methods.dmd import DMD
@@ -45,7 +46,7 @@ _MODULES = {
     "SNOOPI": "methods.snoopi",
     "SiD": "methods.sid",
     "SwiftBrush": "methods.swiftbrush",
-    "Autoencoder": "latents",
+    "Autoencoder": "autoencoder",
     "ClassTokens": "nasa",
     "CosinePath": "paths",
     "Denoiser": "denoiser",

@@ -1,7 +1,7 @@
 """The base of methods whose product generates: random numbers, conditions, and evaluation by what is generated."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -79,11 +79,10 @@ class DiffusionDistiller(Distiller):
                     f"model.{role}: its network takes {wanted} channels, the data have {channels}; give data (or the "
                     "autoencoder) that it was made for"
                 )
-        if hasattr(self._data(), "null_condition"):
-            null = self._data().null_condition()
-            for denoiser in (self.student, self.teacher):
-                if denoiser is not None and denoiser.null == "empty_prompt":
-                    denoiser.set_null(null)
+        null = self._empty_prompt()
+        for denoiser in (self.student, self.teacher):
+            if null is not None and denoiser is not None and denoiser.null == "empty_prompt":
+                denoiser.set_null(null)
 
     @property
     def path(self) -> GaussianPath:
@@ -102,13 +101,16 @@ class DiffusionDistiller(Distiller):
         return batch.images, batch.condition if hasattr(batch, "condition") else self.classes_of(batch.labels)
 
     def classes_of(self, labels: Tensor) -> Condition:
-        """Returns class numbers as a condition, or none where the student knows no classes."""
+        """Returns class numbers as a condition, or their captions, or none where the student knows no classes."""
+        captions = getattr(self._data(), "captions", None)
+        if captions is not None and (found := captions(labels)) is not None:
+            return found
         return labels if self.student.num_classes else None
 
     def example_condition(self, count: int) -> Condition:
         """Returns conditions to try networks with: of text data the empty prompt, otherwise the first class."""
-        if hasattr(self._data(), "null_condition"):
-            null = self._data().null_condition()
+        null = self._empty_prompt()
+        if null is not None:
             return {name: value.to(self.device).expand(count, *value.shape[1:]) for name, value in null.items()}
         return self.classes_of(torch.zeros(count, dtype=torch.long, device=self.device))
 
@@ -127,6 +129,10 @@ class DiffusionDistiller(Distiller):
             return guided(self.student, x_t, t, condition, self.sample_guidance)
 
         return self.sampler(denoise, self.path, noise, draws)
+
+    def _empty_prompt(self) -> Mapping[str, Tensor] | None:
+        ask = getattr(self._data(), "null_condition", None)
+        return None if ask is None else ask()
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -15,11 +15,9 @@ from lit_distill.core.data import EpochDataModule
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import atomic_path
 from lit_distill.core.loading import EpochLoader, TensorLoader
+from lit_distill.diffusion.autoencoder import Autoencoder
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.evaluation import PICTURE, GenerationEvaluation
-
-if TYPE_CHECKING:
-    from lit_distill.diffusion.latents import Autoencoder
 
 # What `encode_prompt` of each pipeline returns first, by the names under which networks take it.
 _OUTPUTS = {
@@ -158,7 +156,7 @@ class Prompts(EpochDataModule[_PromptPart]):
         self,
         prompts: str,
         text: TextEncoder,
-        autoencoder: "Autoencoder",
+        autoencoder: Autoencoder,
         resolution: int = 512,
         test_prompts: str | None = None,
         negative_prompts: str | None = None,
