@@ -71,17 +71,17 @@ class DiffusionDistiller(Distiller):
             UsageError: A network was made for samples of other channels than the data have.
         """
         super().build()
-        channels = self._data().sample_shape[0]
-        for role, denoiser in (("student", self.student), ("teacher", self.teacher)):
-            wanted = getattr(getattr(getattr(denoiser, "network", None), "config", None), "in_channels", channels)
-            if wanted != channels:
-                raise UsageError(
-                    f"model.{role}: its network takes {wanted} channels, the data have {channels}; give data (or the "
-                    "autoencoder) that it was made for"
-                )
         null = self._empty_prompt()
-        for denoiser in (self.student, self.teacher):
-            if null is not None and denoiser is not None and denoiser.null == "empty_prompt":
+        for role, denoiser in (("student", self.student), ("teacher", self.teacher)):
+            if denoiser is None:
+                continue
+            wanted = getattr(getattr(denoiser.network, "config", None), "in_channels", None)
+            if wanted is not None and wanted != self._data().sample_shape[0]:
+                raise UsageError(
+                    f"model.{role}: its network takes {wanted} channels, the data have "
+                    f"{self._data().sample_shape[0]}; give data, or an autoencoder, that it was made for"
+                )
+            if null is not None and denoiser.null == "empty_prompt":
                 denoiser.set_null(null)
 
     @property

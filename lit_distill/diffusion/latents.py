@@ -27,7 +27,7 @@ class GeneratorLatents(GeneratorImages):
         kwargs: See `GeneratorImages`.
 
     Raises:
-        UsageError: Channels or resolution of the images do not fit the autoencoder, or they are not in [-1, 1].
+        UsageError: The images are not in [-1, 1]; later, their channels or resolution do not fit the autoencoder.
     """
 
     def __init__(
@@ -39,20 +39,25 @@ class GeneratorLatents(GeneratorImages):
         **kwargs: Any,
     ) -> None:
         super().__init__(source, **kwargs)
-        channels, height, width = source.sample_shape
-        wanted = autoencoder.config.get("in_channels", 3)
-        if channels != wanted:
-            raise UsageError(f"data.source: images of {channels} channels do not fit the autoencoder, which takes {wanted}")
-        if height != width:
-            raise UsageError(f"data.source: images of {height} x {width} pixels are not square; crop them")
         spread = [*source.normalize.mean, *source.normalize.std]
         if not all(math.isclose(value, 0.5) for value in spread):
             raise UsageError("data.source: autoencoders take pixels in [-1, 1]; give mean and std 0.5 for each channel")
         self.autoencoder = autoencoder
         self.text = text
         self.caption = caption
-        self.sample_shape = autoencoder.shape(height)
         self._captions: TextTable | None = None
+
+    def read_parts(self) -> dict[str, Any]:
+        """See `GeneratorImages`."""
+        parts = super().read_parts()
+        channels, height, width = self.sample_shape
+        wanted = self.autoencoder.config.get("in_channels", 3)
+        if channels != wanted:
+            raise UsageError(f"data.source: its images have {channels} channels, the autoencoder takes {wanted}")
+        if height != width:
+            raise UsageError(f"data.source: images of {height} x {width} pixels are not square; crop them")
+        self.sample_shape = self.autoencoder.shape(height)
+        return parts
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Encodes a batch."""

@@ -24,6 +24,7 @@ _OUTPUTS = {
     "StableDiffusionPipeline": ("encoder_hidden_states",),
     "PixArtAlphaPipeline": ("encoder_hidden_states", "encoder_attention_mask"),
 }
+_READ = ("text_encoder", "tokenizer")
 
 
 class TextBatch(NamedTuple):
@@ -92,15 +93,16 @@ class TextEncoder:
         name = config["_class_name"]
         if name not in _OUTPUTS:
             raise UsageError(f"data.text: the text of a {name} is not known; known are {', '.join(_OUTPUTS)}")
-        parts = [key for key, value in config.items() if isinstance(value, list | tuple) and len(value) == 2]
-        unused: dict[str, Any] = {part: None for part in parts if part not in ("text_encoder", "tokenizer")}
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **unused)
-        except (OSError, ValueError, TypeError, AttributeError) as error:  # what it raises depends on what is missing
-            raise self._missing() from error
-        if pipeline.text_encoder is None or pipeline.tokenizer is None:
+        local = Path(self.folder)
+        # transformers makes an empty tokenizer where there is none.
+        if local.is_dir() and not all((local / part).is_dir() for part in _READ):
             raise self._missing()
-        return pipeline
+        parts = [key for key, value in config.items() if isinstance(value, list | tuple) and len(value) == 2]
+        unused: dict[str, Any] = {part: None for part in parts if part not in _READ}
+        try:
+            return DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **unused)
+        except (OSError, ValueError) as error:
+            raise self._missing() from error
 
     def _missing(self) -> UsageError:
         return UsageError(f"data.text: {self.folder} has no text encoder, or no tokenizer for it; put both there")

@@ -231,15 +231,19 @@ def test_without_strength_the_model_is_the_plain_one(build):
     both = with_negative(*texts)
     assert {name: value.shape[1] for name, value in both.items()} == dict.fromkeys(texts[0], 6)
     processor = install_nasa(network)
-    assert torch.equal(call_network(network, x, time, texts[0]), plain)
+    def same(found):
+        # Halves of a mask lie otherwise in memory, and attention rounds otherwise.
+        torch.testing.assert_close(found, plain, rtol=0, atol=0 if unet else 1e-5)
+
+    same(call_network(network, x, time, texts[0]))
     with subtracting(processor, 0.0):
-        assert torch.equal(call_network(network, x, time, both), plain)
+        same(call_network(network, x, time, both))
     with subtracting(processor, 0.5):
         assert not torch.allclose(call_network(network, x, time, both), plain, atol=1e-4)
-    assert torch.equal(call_network(network, x, time, texts[0]), plain)
+    same(call_network(network, x, time, texts[0]))
     copied = copy.deepcopy(network)  # an average of weights has a processor of its own
     with subtracting(processor, 0.5):
-        assert torch.equal(call_network(copied, x, time, texts[0]), plain)
+        same(call_network(copied, x, time, texts[0]))
 
 
 def test_classes_become_tokens():
