@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.autoencoder import Autoencoder
     from lit_distill.diffusion.base import DiffusionDistiller
     from lit_distill.diffusion.data import GeneratorImages
-    from lit_distill.diffusion.denoiser import Denoiser, guided
+    from lit_distill.diffusion.denoiser import Denoiser, guided, pretrained
     from lit_distill.diffusion.distillation import ScoreDistiller
     from lit_distill.diffusion.evaluation import GenerationEvaluation
     from lit_distill.diffusion.fake import FullCopy, LoRA
@@ -69,6 +69,7 @@ _MODULES = {
     "diffusers_network": "networks",
     "from_scheduler": "paths",
     "guided": "denoiser",
+    "pretrained": "denoiser",
     "scheduler_path": "paths",
     "small_unet": "models",
 }
@@ -88,6 +89,7 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "ResidualMLP",
     "diffusers_network",
     "guided",
+    "pretrained",
     "small_unet",
     "CosinePath",
     "EDMPath",
