@@ -98,7 +98,7 @@ class ScoreDistiller(DiffusionDistiller):
         rollout = FewStepRollout(steps, student.path, inputs)
         super().__init__(student, teacher, sampler=Renoise(rollout.steps), evaluation=evaluation, **kwargs)
         check_least("model", 1, fake_updates=fake_updates)
-        if teacher.num_classes is None and guidance != 1.0 and teacher.null is None:
+        if teacher.num_classes is None and guidance != 1.0 and teacher.no_condition is None:
             teacher.null_condition(None)  # says what is missing
         self.automatic_optimization = False
         self.rollout = rollout

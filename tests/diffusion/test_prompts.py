@@ -55,7 +55,7 @@ def prompts(pipelines):
 def denoiser(pipelines):
     folder = str(pipelines / "sd")
     network = diffusers_network("UNet2DConditionModel", folder, "unet")
-    return Denoiser(network, scheduler_path(folder), "eps", time_input="time", null="empty_prompt")
+    return Denoiser(network, scheduler_path(folder), "eps", time_input="time", no_condition="empty_prompt")
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
