@@ -7,17 +7,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_distill.diffusion.autoencoder import Autoencoder
     from lit_distill.diffusion.base import DiffusionDistiller
     from lit_distill.diffusion.data import GeneratorImages
     from lit_distill.diffusion.denoiser import Denoiser, guided, pretrained
     from lit_distill.diffusion.distillation import ScoreDistiller
     from lit_distill.diffusion.evaluation import GenerationEvaluation
     from lit_distill.diffusion.fake import FullCopy, LoRA
+    from lit_distill.diffusion.latents import GeneratorLatents
     from lit_distill.diffusion.methods.denoising import Denoising
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
     from lit_distill.diffusion.methods.dmd import DMD
     from lit_distill.diffusion.methods.dmd2 import DMD2
+    from lit_distill.diffusion.methods.f_distill import FDistill
+    from lit_distill.diffusion.methods.sid import SiD
+    from lit_distill.diffusion.methods.snoopi import SNOOPI
+    from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
     from lit_distill.diffusion.models import GaussianMixture, ResidualMLP, small_unet
+    from lit_distill.diffusion.nasa import ClassTokens
     from lit_distill.diffusion.networks import diffusers_network
     from lit_distill.diffusion.paths import (
         CosinePath,
@@ -28,12 +35,19 @@ if TYPE_CHECKING:
         from_scheduler,
         scheduler_path,
     )
+    from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
 
 _MODULES = {
     "DMD": "methods.dmd",
     "DMD2": "methods.dmd2",
     "Denoising": "methods.denoising",
     "DiffInstruct": "methods.diff_instruct",
+    "FDistill": "methods.f_distill",
+    "SNOOPI": "methods.snoopi",
+    "SiD": "methods.sid",
+    "SwiftBrush": "methods.swiftbrush",
+    "Autoencoder": "autoencoder",
+    "ClassTokens": "nasa",
     "CosinePath": "paths",
     "Denoiser": "denoiser",
     "DiffusionDistiller": "base",
@@ -43,9 +57,13 @@ _MODULES = {
     "GaussianMixture": "models",
     "GenerationEvaluation": "evaluation",
     "GeneratorImages": "data",
+    "GeneratorLatents": "latents",
     "LoRA": "fake",
+    "PromptEvaluation": "text",
+    "Prompts": "text",
     "ResidualMLP": "models",
     "ScoreDistiller": "distillation",
+    "TextEncoder": "text",
     "TrigPath": "paths",
     "VPPath": "paths",
     "diffusers_network": "networks",
@@ -61,6 +79,11 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "DMD2",
     "Denoising",
     "DiffInstruct",
+    "FDistill",
+    "SNOOPI",
+    "SiD",
+    "SwiftBrush",
+    "ClassTokens",
     "Denoiser",
     "GaussianMixture",
     "ResidualMLP",
@@ -75,12 +98,17 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "VPPath",
     "from_scheduler",
     "scheduler_path",
+    "Autoencoder",
     "DiffusionDistiller",
     "FullCopy",
     "GenerationEvaluation",
     "GeneratorImages",
+    "GeneratorLatents",
     "LoRA",
+    "PromptEvaluation",
+    "Prompts",
     "ScoreDistiller",
+    "TextEncoder",
 ]
 
 

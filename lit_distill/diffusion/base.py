@@ -1,7 +1,7 @@
 """The base of methods whose product generates: random numbers, conditions, and evaluation by what is generated."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_distill.core.distiller import Distiller
+from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import derived_seed
 from lit_distill.diffusion.denoiser import Denoiser, guided
 from lit_distill.diffusion.draws import Draws
@@ -63,6 +64,26 @@ class DiffusionDistiller(Distiller):
         self.sample_guidance = sample_guidance
         self.evaluation = evaluation if evaluation is not None else GenerationEvaluation()
 
+    def build(self) -> None:
+        """Tells the networks what "no condition" is, where the data know: text data know the empty prompt.
+
+        Raises:
+            UsageError: A network was made for samples of other channels than the data have.
+        """
+        super().build()
+        null = self._empty_prompt()
+        for role, denoiser in (("student", self.student), ("teacher", self.teacher)):
+            if denoiser is None:
+                continue
+            wanted = getattr(getattr(denoiser.network, "config", None), "in_channels", None)
+            if wanted is not None and wanted != self._data().sample_shape[0]:
+                raise UsageError(
+                    f"model.{role}: its network takes {wanted} channels, the data have "
+                    f"{self._data().sample_shape[0]}; give data, or an autoencoder, that it was made for"
+                )
+            if null is not None and denoiser.no_condition == "empty_prompt":
+                denoiser.set_null(null)
+
     @property
     def path(self) -> GaussianPath:
         """The path of the student."""
@@ -75,17 +96,29 @@ class DiffusionDistiller(Distiller):
 
     def real(self, batch: Any) -> tuple[Float[Tensor, "b *sample"], Condition]:
         """Returns the samples of a batch and their conditions; none where the student knows no classes."""
-        return batch.images, self.classes_of(batch.labels)
+        if batch.images is None:
+            raise UsageError("data: it has prompts alone, and real samples are asked for; give images with captions")
+        return batch.images, batch.condition if hasattr(batch, "condition") else self.classes_of(batch.labels)
 
     def classes_of(self, labels: Tensor) -> Condition:
-        """Returns class numbers as a condition, or none where the student knows no classes."""
+        """Returns class numbers as a condition, or their captions, or none where the student knows no classes."""
+        captions = getattr(self._data(), "captions", None)
+        if captions is not None and (found := captions(labels)) is not None:
+            return found
         return labels if self.student.num_classes else None
+
+    def example_condition(self, count: int) -> Condition:
+        """Returns conditions to try networks with: of text data the empty prompt, otherwise the first class."""
+        null = self._empty_prompt()
+        if null is not None:
+            return {name: value.to(self.device).expand(count, *value.shape[1:]) for name, value in null.items()}
+        return self.classes_of(torch.zeros(count, dtype=torch.long, device=self.device))
 
     def example_inputs(self) -> tuple[Any, ...]:
         """One sample at the largest time."""
         sample = torch.zeros(1, *self._data().sample_shape, device=self.device)
         time = torch.full((1,), self.path.t_max, dtype=torch.float64, device=self.device)
-        condition = self.classes_of(torch.zeros(1, dtype=torch.long, device=self.device))
+        condition = self.example_condition(1)
         return (sample, time) if condition is None else (sample, time, condition)
 
     @torch.no_grad()
@@ -96,6 +129,10 @@ class DiffusionDistiller(Distiller):
             return guided(self.student, x_t, t, condition, self.sample_guidance)
 
         return self.sampler(denoise, self.path, noise, draws)
+
+    def _empty_prompt(self) -> Mapping[str, Tensor] | None:
+        ask = getattr(self._data(), "null_condition", None)
+        return None if ask is None else ask()
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

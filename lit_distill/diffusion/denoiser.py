@@ -30,8 +30,8 @@ class Denoiser(nn.Module):
         data_std: s above.
         time_input: What the network is given as time: "log_noise" (ln r / 4), "time" (t), "thousandths" (1000 t), or
             "saturating" (1000 r / (1 + r), for networks with sinusoidal embeddings made for 0 ... 1000).
-        null: What "no condition" is where conditions are tensors by name: "zeros" (SDXL), or None where the data give
-            it, see `set_null`.
+        no_condition: What "no condition" is where conditions are tensors by name: "zeros" (SDXL), "empty_prompt" (the data
+            give its embedding, see `set_null`), or None where there is none.
 
     Raises:
         UsageError: Prediction and path do not go together.
@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
         num_classes: int | None = None,
         data_std: float = 0.5,
         time_input: Literal["log_noise", "time", "thousandths", "saturating"] = "log_noise",
-        null: Literal["zeros"] | None = None,
+        no_condition: Literal["zeros", "empty_prompt"] | None = None,
     ) -> None:
         super().__init__()
         check_prediction(prediction, path)
@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
         self.num_classes = num_classes
         self.data_std = data_std
         self.time_input = time_input
-        self.null = null
+        self.no_condition = no_condition
         self._null: Mapping[str, Tensor] | None = None
 
     def forward(
@@ -131,12 +131,12 @@ class Denoiser(nn.Module):
                     name: self._null[name].to(value).expand_as(value) if name in self._null else value
                     for name, value in condition.items()
                 }
-            if self.null == "zeros":
+            if self.no_condition == "zeros":
                 # Sizes are no part of what is said.
                 return {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in condition.items()}
         raise UsageError(
             "model.guidance needs a network that knows 'no condition'; train it with label_dropout and give "
-            "num_classes, or set `null` for text, or guide with 1.0"
+            "num_classes, or set no_condition for text, or guide with 1.0"
         )
 
 
@@ -163,6 +163,7 @@ def guided(
     condition: Condition,
     scale: float | Float[Tensor, " b"] = 1.0,
     prediction: Prediction = "x0",
+    null: Condition = None,
 ) -> Float[Tensor, "b *sample"]:
     """Denoises with classifier-free guidance: uncond + scale (cond - uncond), so 1 is no guidance.
 
@@ -175,6 +176,7 @@ def guided(
         condition: Their conditions.
         scale: Guidance scale, one for all or one a sample.
         prediction: What is wanted.
+        null: What to be guided away from; the denoiser's own "no condition" if None.
 
     Raises:
         UsageError: The network knows no "no condition".
@@ -183,7 +185,7 @@ def guided(
     """
     if isinstance(scale, int | float) and math.isclose(scale, 1.0):
         return denoiser(x_t, t, condition, prediction)
-    null = denoiser.null_condition(condition)
+    null = denoiser.null_condition(condition) if null is None else null
     t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), joined(condition, null), prediction)
     cond, uncond = both.chunk(2)

@@ -98,7 +98,7 @@ class ScoreDistiller(DiffusionDistiller):
         rollout = FewStepRollout(steps, student.path, inputs)
         super().__init__(student, teacher, sampler=Renoise(rollout.steps), evaluation=evaluation, **kwargs)
         check_least("model", 1, fake_updates=fake_updates)
-        if teacher.num_classes is None and guidance != 1.0 and teacher.null is None:
+        if teacher.num_classes is None and guidance != 1.0 and teacher.no_condition is None:
             teacher.null_condition(None)  # says what is missing
         self.automatic_optimization = False
         self.rollout = rollout
@@ -176,15 +176,18 @@ class ScoreDistiller(DiffusionDistiller):
         self.record(terms | fake_terms, watched={"student_std": sample.x0.std()})
 
     def conditions(self, batch: Any, draws: Draws) -> Condition:
-        """Returns the conditions to generate for: classes at random, each as likely."""
+        """Returns the conditions to generate for: the batch's prompts, or classes at random, each as likely."""
+        if hasattr(batch, "condition"):
+            return batch.condition
         if not self.student.num_classes:
             return None
         return draws.integers(self.student.num_classes, len(batch.images))
 
     def student_forward(self, batch: Any, condition: Condition, draws: Draws) -> Sample:
         """Makes the samples of this iteration."""
-        real, _ = self.real(batch)
-        return self.rollout(self.student, draws.normal(real.shape).to(real), condition, draws, real)
+        # Prompts alone have no images; then the rollout cannot take data.
+        noise = draws.normal((len(batch.index), *self._data().sample_shape))
+        return self.rollout(self.student, noise, condition, draws, batch.images)
 
     def student_gradient(self, sample: Sample, condition: Condition, draws: Draws) -> Float[Tensor, "b *sample"]:
         """Returns g; the samples are moved along -g."""

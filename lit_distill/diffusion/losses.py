@@ -12,6 +12,7 @@ from lit_distill.diffusion.paths import GaussianPath
 from lit_distill.losses.reduction import Reduction, reduce
 
 Weighting = Literal["edm", "eps", "v", "u", "x0"]
+Divergence = Literal["reverse_kl", "forward_kl", "js", "hellinger", "jeffreys", "neyman", "softened_rkl"]
 GANKind = Literal["ns", "hinge", "linear", "rpgan"]
 
 
@@ -72,6 +73,122 @@ def surrogate_loss(
     x = student_x0.float()
     distance = 0.5 * (x - (x - gradient).detach()).square()
     return reduce(distance.flatten(1).mean(1), reduction)
+
+
+def variational_score_gradient(
+    fake_eps: Float[Tensor, "b *sample"],
+    teacher_eps: Float[Tensor, "b *sample"],
+    *,
+    sigma: Float[Tensor, "b *ones"],
+) -> Float[Tensor, "b *sample"]:
+    r"""Returns the direction of variational score distillation; the sample moves along -g.
+
+    .. math:: g = \sigma_t^2 \, (\epsilon_{real}(x_t) - \epsilon_{fake}(x_t)) = \sigma_t \alpha_t \,
+        (D_{fake}(x_t) - D_{real}(x_t))
+
+    Real minus fake noise is fake minus real data: the sign of `score_gradient`. What is not finite becomes 0. No
+    gradients flow.
+
+    Args:
+        fake_eps: What the score of the generator's samples takes the noise to be.
+        teacher_eps: What the teacher does.
+        sigma: Factor of the noise on a path that preserves the variance, (B, 1, ...).
+
+    Reference: Nguyen, Tran, SwiftBrush, 2023, arXiv 2312.05239, with the weight of the public code.
+    """
+    with torch.no_grad():
+        return torch.nan_to_num(sigma.square() * (teacher_eps.float() - fake_eps.float()))
+
+
+def sid_loss(
+    student_x0: Float[Tensor, "b *sample"],
+    fake_x0: Float[Tensor, "b *sample"],
+    teacher_x0: Float[Tensor, "b *sample"],
+    *,
+    alpha: float = 1.2,
+    floor: float = 1e-5,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    r"""The loss of score identity distillation; gradients flow through all three.
+
+    .. math:: L = \sum_{pixels} \frac{(D_{real} - D_{fake}) \, \big((D_{real} - x) - a \, (D_{real} - D_{fake})\big)}
+        {\operatorname{sg}[\operatorname{mean} |x - D_{real}|]}
+
+    With an exact fake score its expectation is (1 - a) E |D_real - D_fake|^2 over the divisor: negative at a > 1.
+
+    Args:
+        student_x0: x, the generator's samples.
+        fake_x0: D_fake at the noised samples, a function of x.
+        teacher_x0: D_real, likewise.
+        alpha: a.
+        floor: Smallest divisor.
+        reduction: Of the samples' sums (B,).
+
+    Reference: Zhou et al., Score identity Distillation, 2024, arXiv 2404.04057, with the divisor of the public code.
+    """
+    x, fake, teacher = student_x0.float(), fake_x0.float(), teacher_x0.float()
+    divisor = sample_mean((x - teacher).abs()).detach().clamp(min=floor)
+    difference = teacher - fake
+    return reduce((difference * ((teacher - x) - alpha * difference) / divisor).flatten(1).sum(1), reduction)
+
+
+def divergence_weight(ratio: Float[Tensor, "*b"], *, divergence: Divergence = "js") -> Float[Tensor, "*b"]:
+    r"""Returns h(r) = r^2 f''(r), the weight of distribution matching that descends an f-divergence.
+
+    D_f = E_fake[f(r)] at r = p_real / p_fake; constant factors are left out.
+
+    ============ ================================== ===========
+    reverse_kl   -log r                             1
+    forward_kl   r log r                            r
+    js           r log r - (r + 1) log((r + 1) / 2) r / (1 + r)
+    hellinger    1 - sqrt(r)                        sqrt(r)
+    jeffreys     (r - 1) log r                      1 + r
+    neyman       (1 - r)^2 / r                      1 / r
+    softened_rkl (1 + r) log((1 + r) / r)           1 / (1 + r)
+    ============ ================================== ===========
+
+    Args:
+        ratio: r, positive.
+        divergence: Which.
+
+    Reference: Xu, Nie, Vahdat, One-step Diffusion Models with f-Divergence Distribution Matching, 2025, arXiv
+    2502.15681.
+    """
+    weights = {
+        "reverse_kl": torch.ones_like,
+        "forward_kl": lambda r: r,
+        "js": lambda r: r / (1 + r),
+        "hellinger": torch.sqrt,
+        "jeffreys": lambda r: 1 + r,
+        "neyman": lambda r: 1 / r,
+        "softened_rkl": lambda r: 1 / (1 + r),
+    }
+    return weights[divergence](ratio)
+
+
+def clamped_similarity_loss(
+    student_embedding: Float[Tensor, "b d"],
+    text_embedding: Float[Tensor, "b d"],
+    *,
+    threshold: float,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    r"""Pulls embeddings of images towards those of their texts until they are alike enough.
+
+    .. math:: L = \max(0, \tau - \cos(E_{image}, E_{text}))
+
+    Args:
+        student_embedding: Of generated images (B, D), by a frozen encoder such as CLIP's, with the graph.
+        text_embedding: Of their prompts, detached here.
+        threshold: tau.
+        reduction: Of the samples' values (B,).
+
+    A reconstruction: the formula is from memory of the paper, and no code was found. The paper's encoder is CLIP's.
+
+    Reference: Dao et al., SwiftBrush v2, 2024, arXiv 2408.14176.
+    """
+    cosine = F.cosine_similarity(student_embedding.float(), text_embedding.detach().float(), dim=1)
+    return reduce(F.relu(threshold - cosine), reduction)
 
 
 def denoising_weight(

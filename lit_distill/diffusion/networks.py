@@ -28,6 +28,8 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, condition: Conditi
     Returns:
         (B, ...) the output, of the shape of `x`.
     """
+    if isinstance(condition, Mapping):  # text is kept in float32 or less, whatever the network is in
+        condition = {name: v.to(x.dtype) if v.is_floating_point() else v for name, v in condition.items()}
     call = _CALLS.get(type(network).__name__.removeprefix("FSDP"), _plain)  # FSDP2 puts this before the name
     return call(network, x, time, condition)
 
@@ -89,6 +91,13 @@ def _text_transformer(network: nn.Module, x: Tensor, time: Tensor, condition: Co
     return network(hidden_states=x, timestep=time, return_dict=False, **_keywords(network, condition))[0]
 
 
+def _pixart(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    # The variant for 1024 pixels alone asks for sizes of the image.
+    added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    words = {"timestep": time, "added_cond_kwargs": added, "return_dict": False, **_keywords(network, condition)}
+    return network(x, **words)[0][:, : x.shape[1]]  # it predicts a variance too
+
+
 def _flux(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
     # Flux sees squares of 2 x 2 latents as tokens, with their positions.
     b, c, h, w = x.shape
@@ -114,6 +123,7 @@ _CALLS: dict[str, Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]] = {
     "UNet2DModel": _class_unet,
     "DiTTransformer2DModel": _class_transformer,
     "UNet2DConditionModel": _text_unet,
+    "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _text_transformer,
     "FluxTransformer2DModel": _flux,
 }

@@ -73,7 +73,7 @@ def test_guidance_needs_a_null_condition():
 
 def test_the_null_of_text_is_zeros_or_what_the_data_give_and_sizes_stay():
     text = {"encoder_hidden_states": torch.ones(2, 3, 4), "time_ids": torch.full((2, 6), 64.0)}
-    zeros = Denoiser(Linear(), EDMPath(), "x0", null="zeros").null_condition(text)
+    zeros = Denoiser(Linear(), EDMPath(), "x0", no_condition="zeros").null_condition(text)
     assert not zeros["encoder_hidden_states"].any()
     torch.testing.assert_close(zeros["time_ids"], text["time_ids"])
     given = Denoiser(Linear(), EDMPath(), "x0")
@@ -184,7 +184,7 @@ def test_sdxl_is_given_pooled_text_and_sizes():
         addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 12
     )
     network = perturbed(diffusers_network("UNet2DConditionModel", config=config)).eval()
-    denoiser = Denoiser(network, VPPath(), "eps", time_input="time", null="zeros")
+    denoiser = Denoiser(network, VPPath(), "eps", time_input="time", no_condition="zeros")
     text = {
         "encoder_hidden_states": torch.randn(2, 5, 16),
         "text_embeds": torch.randn(2, 12),

@@ -87,8 +87,7 @@ class DMD2(ScoreDistiller):
         if self.gan_weight is None:
             self.gan_weight = _PUBLISHED_WEIGHT * _PUBLISHED_SIZE / math.prod(shape)
         if self.taps and self.gan_weight:
-            example = self.classes_of(torch.zeros(2, dtype=torch.long, device=self.device))
-            self.head = Discriminator(self._critic(), self.taps, shape, example)
+            self.head = Discriminator(self._critic(), self.taps, shape, self.example_condition(2))
         elif self.gan_weight and not self.taps:
             self.gan_weight = 0.0
 

@@ -1,0 +1,277 @@
+"""Text-conditioned distillation: prompts, their embeddings, and published configurations on tiny pipelines."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from score_methods import attach, check_score_method
+from tiny_pipeline import RESOLUTION, TOKENS, WIDTH, save_pixart, save_stable_diffusion
+
+from lit_distill.cli import main
+from lit_distill.core.errors import UsageError
+from lit_distill.diffusion.autoencoder import Autoencoder
+from lit_distill.diffusion.denoiser import Denoiser
+from lit_distill.diffusion.fake import LoRA
+from lit_distill.diffusion.latents import GeneratorLatents
+from lit_distill.diffusion.methods.dmd2 import DMD2
+from lit_distill.diffusion.methods.snoopi import SNOOPI
+from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
+from lit_distill.diffusion.networks import diffusers_network
+from lit_distill.diffusion.paths import scheduler_path
+from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
+from lit_distill.image import DigitsDataModule
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a cat", "a red dog", "a cat", "photo of a dog", "dog", "red"]
+PUBLISHED = {"swiftbrush": "sd", "snoopi_sd15": "sd", "snoopi": "pixart"}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    save_stable_diffusion(folder / "sd")
+    save_pixart(folder / "pixart")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    (folder / "negative.txt").write_text("blurry\nlow quality\nred\n")
+    return folder
+
+
+@pytest.fixture
+def prompts(pipelines):
+    def build(**words):
+        folder = str(pipelines / "sd")
+        options = {"resolution": RESOLUTION, "batch_size": 2, "seed": 0, **words}
+        return Prompts(str(pipelines / "prompts.txt"), TextEncoder(folder, batch_size=3), Autoencoder(folder), **options)
+
+    return build
+
+
+def denoiser(pipelines):
+    folder = str(pipelines / "sd")
+    network = diffusers_network("UNet2DConditionModel", folder, "unet")
+    return Denoiser(network, scheduler_path(folder), "eps", time_input="time", no_condition="empty_prompt")
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_embedded_once_as_the_text_encoder_does(pipelines, prompts):
+    data = prompts()
+    data.setup()
+    assert data.prompts == ["", *dict.fromkeys(PROMPTS)]
+    assert data.sample_shape == (4, 8, 8)
+    pipe = StableDiffusionPipeline.from_pretrained(pipelines / "sd", safety_checker=None)
+
+    def embed(texts):
+        words = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+        with torch.no_grad():
+            return pipe.text_encoder(pipe.tokenizer(texts, **words).input_ids).last_hidden_state
+
+    seen = {}
+    for batch in data.train_dataloader():
+        assert batch.images is None
+        assert batch.negative is None
+        for index, value in zip(batch.index.tolist(), batch.condition["encoder_hidden_states"], strict=True):
+            seen[index] = value
+    assert sorted(seen) == list(range(6))
+    found = torch.stack([seen[number] for number in range(6)])
+    assert found.shape == (6, TOKENS, WIDTH)
+    torch.testing.assert_close(found, embed(PROMPTS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(data.null_condition()["encoder_hidden_states"], embed([""]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], found[2])
+
+
+def test_embeddings_are_kept_in_a_file_and_refused_when_stale(pipelines, prompts, tmp_path):
+    cache = tmp_path / "text.safetensors"
+    data = prompts(cache_file=str(cache))
+    data.setup()
+    again = prompts(cache_file=str(cache))
+    again.text.embed = None  # not asked
+    again.setup()
+    whole = prompts()
+    rows = torch.arange(5)
+    whole.setup()
+    (value,), (kept,), (made,) = (d.table(rows).values() for d in (data, again, whole))
+    assert torch.equal(value, kept)
+    torch.testing.assert_close(kept, made, rtol=1e-3, atol=1e-3)  # float16
+    other = prompts(cache_file=str(cache), test_prompts=str(pipelines / "negative.txt"))
+    with pytest.raises(UsageError, match="is stale: prompts was"):
+        other.setup()
+
+
+def test_negative_prompts_are_drawn_for_each_sample_and_are_the_same_when_drawn_again(pipelines, prompts):
+    def drawn(epoch):
+        data = prompts(negative_prompts=str(pipelines / "negative.txt"))
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        found = []
+        for batch in loader:
+            table = data.table.embedded["encoder_hidden_states"]
+            equal = (batch.negative["encoder_hidden_states"][:, None] == table).flatten(2).all(2)
+            found += [data.prompts[row] for row in equal.int().argmax(1).tolist()]
+        return found
+
+    many = [drawn(epoch) for epoch in range(4)]
+    assert {name for epoch in many for name in epoch} == {"blurry", "low quality", "red"}
+    assert many[0] != many[1]
+    assert drawn(1) == many[1]
+
+
+def test_pixart_has_a_mask_besides(pipelines):
+    found = TextEncoder(str(pipelines / "pixart"))(["a red cat", "dog"])
+    assert found["encoder_hidden_states"].shape == (2, 120, WIDTH)
+    assert found["encoder_attention_mask"][1].sum() < found["encoder_attention_mask"][0].sum() < 10
+
+
+def test_latents_are_scaled_and_come_back(pipelines):
+    folder = pipelines / "sd"
+    coder = Autoencoder(str(folder), batch_size=2)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected = vae.encode(images).latent_dist.mean * 0.5
+        decoded = vae.decode(expected / 0.5).sample
+    torch.testing.assert_close(coder.encode(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(coder.decode(expected), decoded, rtol=1e-4, atol=1e-5)
+    assert (coder.factor, coder.shape(64)) == (2, (4, 32, 32))
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [SwiftBrush, SNOOPI])
+def test_a_text_conditioned_generator_is_trained_without_images(pipelines, prompts, trainer, tmp_path, method):
+    words = {"nasa": True} if method is SNOOPI else {"guidance": 4.5}
+    data = prompts(negative_prompts=str(pipelines / "negative.txt"))
+
+    def build(cls):
+        fake = LoRA(2, 4.0, ["to_q", "to_v"])
+        return cls(denoiser(pipelines), denoiser(pipelines), [999.0], fake=fake, **words, evaluation=PromptEvaluation(2))
+
+    module = check_score_method(build, method, trainer, data, tmp_path, batches=3)
+    null = data.null_condition()["encoder_hidden_states"]
+    for network in (module.student, module.teacher, module.fake):
+        hidden = network.null_condition({"encoder_hidden_states": torch.zeros(2, TOKENS, WIDTH)})
+        assert torch.equal(hidden["encoder_hidden_states"], null.expand(2, -1, -1))
+
+
+def test_images_with_captions_serve_methods_that_need_real_samples(pipelines, trainer, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "grey"
+    shutil.copytree(pipelines / "sd", folder)
+    AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), norm_num_groups=4,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    source = DigitsDataModule(mean=(0.5,), std=(0.5,), train_size=40)
+    data = GeneratorLatents(
+        source, Autoencoder(str(folder)), TextEncoder(str(folder)), "digit {}", batch_size=4, epoch_batches=3, seed=0
+    )
+
+    data.setup()
+
+    def build(cls):
+        return cls(denoiser(pipelines), denoiser(pipelines), [999.0], fake_updates=2, taps=["network.mid_block"], gan_weight=1.0)
+
+    module = check_score_method(build, DMD2, trainer, data, tmp_path, critics=("fake", "head"), batches=2)
+    assert data.sample_shape == (4, 8, 8)
+    captions = TextEncoder(str(folder))([f"digit {name}" for name in data.classes])["encoder_hidden_states"]
+    labels = torch.tensor([3, 0])
+    torch.testing.assert_close(module.classes_of(labels)["encoder_hidden_states"], captions[labels])
+    assert data.pixels(torch.randn(2, 4, 8, 8)).shape == (2, 1, 8, 8)
+
+
+def published(path, pipelines, root, **changes):
+    """A published file with another folder and prompts of ours."""
+    text = path.read_text()
+    (folder,) = set(re.findall(r"(?<!sub)folder: ([^,}\s]+)", text))
+    text = text.replace(folder, str(pipelines / PUBLISHED[path.stem]))
+    config = yaml.safe_load(text)
+    data = config["data"]["init_args"]
+    data |= {"prompts": str(pipelines / "prompts.txt"), "resolution": RESOLUTION, "batch_size": 2}
+    if "negative_prompts" in data:
+        data["negative_prompts"] = str(pipelines / "negative.txt")
+    data |= changes
+    file = root / path.name
+    file.write_text(yaml.safe_dump(config))
+    return ["fit", "-c", str(ROOT / "configs/trainer/cpu.yaml"), "-c", str(file), f"--run.root={root}", "--run.name=x",
+            "--trainer.enable_progress_bar=false"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_train_on_tiny_pipelines(name, pipelines, tmp_path):
+    words = published(ROOT / f"configs/diffusion/{name}.yaml", pipelines, tmp_path)
+    assert main([*words, "--trainer.max_epochs=1", "--model.init_args.evaluation.init_args.samples=2"]) == 0
+    folder = tmp_path / "default/x"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"]["test/nfe"] == 1
+    assert summary["metrics"]["test/std"] > 0
+    assert summary["panels"]["samples"]["rows"] == [["a cat"], ["a red dog"]]
+    assert (folder / "samples.png").stat().st_size > 100
+    assert (folder / "student/model.safetensors").is_file()
+    assert "train/fake" in (folder / "metrics.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 17}, "data.resolution: 17 pixels do not fit the autoencoder, which makes one latent of 2"),
+        ({"prompts": "none.txt"}, "data.prompts: none.txt cannot be read as text"),
+    ],
+)
+def test_mistakes_give_one_line(change, message, pipelines, tmp_path, capsys):
+    words = published(ROOT / "configs/diffusion/swiftbrush.yaml", pipelines, tmp_path, **change)
+    assert main(words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if message in line]
+    assert len(lines) == 1
+
+
+def test_a_missing_text_encoder_is_told(pipelines, tmp_path):
+    for part in ("text_encoder", "tokenizer"):
+        folder = tmp_path / part
+        shutil.copytree(pipelines / "sd", folder)
+        shutil.rmtree(folder / part)
+        with pytest.raises(UsageError, match="has no text encoder, or no tokenizer for it"):
+            TextEncoder(str(folder))(["a cat"])
+    with pytest.raises(UsageError, match=r"is no pipeline of diffusers on this machine"):
+        TextEncoder(str(tmp_path))(["a cat"])
+    with pytest.raises(UsageError, match="has no autoencoder in 'vae'"):
+        Autoencoder(str(tmp_path)).shape(16)
+    index = tmp_path / "text_encoder/model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    with pytest.raises(UsageError, match="the text of a FluxPipeline is not known"):
+        TextEncoder(str(tmp_path / "text_encoder"))(["a cat"])
+
+
+def test_networks_of_other_channels_are_told(pipelines, prompts, trainer):
+    wrong = denoiser(pipelines)
+    wrong.network = UNet2DConditionModel(
+        in_channels=3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        norm_num_groups=4, cross_attention_dim=WIDTH, attention_head_dim=4,
+    )  # fmt: skip
+    module = SwiftBrush(denoiser(pipelines), wrong, [999.0], evaluation=PromptEvaluation())
+    with pytest.raises(UsageError, match=r"model\.teacher: its network takes 3 channels, the data have 4"):
+        attach(module, trainer, prompts())
+
+
+def test_what_needs_more_than_prompts_is_told(pipelines, prompts, trainer, digits, make_denoiser):
+    data = prompts()
+    module = SNOOPI(denoiser(pipelines), denoiser(pipelines), [999.0], nasa=True, evaluation=PromptEvaluation())
+    with pytest.raises(UsageError, match=r"data\.negative_prompts: model\.nasa learns from negative prompts"):
+        trainer().fit(module, datamodule=copy.deepcopy(data))
+    module = DMD2(denoiser(pipelines), denoiser(pipelines), [999.0], taps=["network.mid_block"], gan_weight=1.0)
+    with pytest.raises(UsageError, match="data: it has prompts alone, and real samples are asked for"):
+        trainer().fit(module, datamodule=copy.deepcopy(data))
+    module = SwiftBrush(make_denoiser(1), make_denoiser(0), [2.5], evaluation=PromptEvaluation())
+    with pytest.raises(UsageError, match="model.evaluation: GeneratorImages has no prompts"):
+        trainer(limit_val_batches=1).validate(module, datamodule=digits, verbose=False)
+    with pytest.raises(UsageError, match="give mean and std 0.5"):
+        GeneratorLatents(DigitsDataModule(), Autoencoder(str(pipelines / "sd")))
+    with pytest.raises(UsageError, match=r"data\.source: its images have 1 channels, the autoencoder takes 3"):
+        GeneratorLatents(DigitsDataModule(mean=(0.5,), std=(0.5,)), Autoencoder(str(pipelines / "sd"))).setup()
