@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_distill.core.errors import UsageError
 from lit_distill.llm import pairing
 from lit_distill.llm.batch import PairedTokens
+from lit_distill.llm.cached import CachedTeacher
 from lit_distill.llm.data import ChatDataModule, TextDataModule
 from lit_distill.llm.data.alignment import clean_ends, token_texts
 from lit_distill.llm.methods.kl import ForwardKL
@@ -411,15 +412,11 @@ def talks(folders):
 
 @pytest.mark.parametrize("pair", [("bytes", "pieces"), ("pieces", "bytes")])
 @pytest.mark.parametrize("packing", ["none", "ffd"])
-def test_in_conversations_what_the_assistant_says_is_compared_and_nothing_else(folders, talks, pair, packing):
-    data = ChatDataModule(
-        getattr(folders, pair[0]),
-        talks,
-        teacher_tokenizer=getattr(folders, pair[1]),
-        max_length=200,
-        packing=packing,
-        batch_size=2,
-    )
+@pytest.mark.parametrize("score", ["completion", "all"])
+def test_in_conversations_what_the_assistant_says_is_compared_and_nothing_else(folders, talks, pair, packing, score):
+    student, teacher = (getattr(folders, name) for name in pair)
+    options = {"max_length": 200, "packing": packing, "batch_size": 2, "score": score}
+    data = ChatDataModule(student, talks, teacher_tokenizer=teacher, **options)
     said = {content.strip().encode() for talk in TALKS for role, content in talk if role == "assistant"}
     for batch in data.train_dataloader():
         runs: dict[int, list] = {}
@@ -628,7 +625,7 @@ def test_text_written_in_training_and_kept_teachers_are_refused():
     with pytest.raises(UsageError, match=r"model.rollout: ULD needs the teacher's own tokens"):
         ULD(language_model(0), language_model(1), rollout=OnPolicy())
     with pytest.raises(UsageError, match=r"model.source: GOLD needs the teacher's own tokens"):
-        GOLD(language_model(0), language_model(1), source=SimpleNamespace())
+        GOLD(language_model(0), language_model(1), source=CachedTeacher("kept"))
 
 
 def test_networks_smaller_than_their_tokenizer_are_refused(text, tmp_path):
