@@ -412,15 +412,11 @@ def talks(folders):
 
 @pytest.mark.parametrize("pair", [("bytes", "pieces"), ("pieces", "bytes")])
 @pytest.mark.parametrize("packing", ["none", "ffd"])
-def test_in_conversations_what_the_assistant_says_is_compared_and_nothing_else(folders, talks, pair, packing):
-    data = ChatDataModule(
-        getattr(folders, pair[0]),
-        talks,
-        teacher_tokenizer=getattr(folders, pair[1]),
-        max_length=200,
-        packing=packing,
-        batch_size=2,
-    )
+@pytest.mark.parametrize("score", ["completion", "all"])
+def test_in_conversations_what_the_assistant_says_is_compared_and_nothing_else(folders, talks, pair, packing, score):
+    student, teacher = (getattr(folders, name) for name in pair)
+    options = {"max_length": 200, "packing": packing, "batch_size": 2, "score": score}
+    data = ChatDataModule(student, talks, teacher_tokenizer=teacher, **options)
     said = {content.strip().encode() for talk in TALKS for role, content in talk if role == "assistant"}
     for batch in data.train_dataloader():
         runs: dict[int, list] = {}
