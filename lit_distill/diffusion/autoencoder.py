@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_distill.core.errors import UsageError
 
@@ -22,7 +22,7 @@ class Autoencoder:
 
     def __init__(self, folder: str, subfolder: str = "vae", batch_size: int = 8) -> None:
         self.folder, self.subfolder, self.batch_size = folder, subfolder, batch_size
-        self._network: nn.Module | None = None
+        self._network: Any = None
         self._config: dict[str, Any] | None = None
 
     @property
@@ -36,9 +36,10 @@ class Autoencoder:
             from diffusers import AutoencoderKL
 
             try:
-                self._config = dict(AutoencoderKL.load_config(self.folder, subfolder=self.subfolder, local_files_only=True))
+                config = AutoencoderKL.load_config(self.folder, subfolder=self.subfolder, local_files_only=True)
             except (OSError, ValueError) as error:
                 raise self._missing() from error
+            self._config = dict(config)
         return self._config
 
     @property
@@ -63,7 +64,7 @@ class Autoencoder:
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b latents lh lw"]:
         """Returns the means of the latents of images in [-1, 1]."""
         network = self._at(images.device)
-        parts = [network.encode(some).latent_dist.mode() for some in images.split(self.batch_size)]  # type: ignore[operator]
+        parts = [network.encode(some).latent_dist.mode() for some in images.split(self.batch_size)]
         return (torch.cat(parts) - self._shift) * self.config.get("scaling_factor", 0.18215)
 
     @torch.no_grad()
@@ -71,13 +72,13 @@ class Autoencoder:
         """Returns images in [-1, 1], or a little beyond."""
         network = self._at(latents.device)
         scaled = latents / self.config.get("scaling_factor", 0.18215) + self._shift
-        return torch.cat([network.decode(some).sample for some in scaled.split(self.batch_size)])  # type: ignore[operator]
+        return torch.cat([network.decode(some).sample for some in scaled.split(self.batch_size)])
 
     @property
     def _shift(self) -> float:
         return self.config.get("shift_factor") or 0.0
 
-    def _at(self, device: torch.device) -> nn.Module:
+    def _at(self, device: torch.device) -> Any:
         if self._network is None:
             from diffusers import AutoencoderKL
 

@@ -30,8 +30,8 @@ class Denoiser(nn.Module):
         data_std: s above.
         time_input: What the network is given as time: "log_noise" (ln r / 4), "time" (t), "thousandths" (1000 t), or
             "saturating" (1000 r / (1 + r), for networks with sinusoidal embeddings made for 0 ... 1000).
-        no_condition: What "no condition" is where conditions are tensors by name: "zeros" (SDXL), "empty_prompt" (the data
-            give its embedding, see `set_null`), or None where there is none.
+        no_condition: What "no condition" is where conditions are tensors by name: "zeros" (SDXL), "empty_prompt" (the
+            data give its embedding, see `set_null`), or None where there is none.
 
     Raises:
         UsageError: Prediction and path do not go together.

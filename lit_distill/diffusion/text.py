@@ -67,11 +67,12 @@ class TextEncoder:
     def embed(self, pipeline: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The same with what `load` gave."""
         pipeline.text_encoder.to(device).eval()
+        names = _OUTPUTS[type(pipeline).__name__]
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(prompts), self.batch_size):
             some = list(prompts[start : start + self.batch_size])
             words = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": torch.device(device)}
-            for name, value in zip(_OUTPUTS[type(pipeline).__name__], pipeline.encode_prompt(some, **words), strict=False):
+            for name, value in zip(names, pipeline.encode_prompt(some, **words), strict=False):
                 parts.setdefault(name, []).append(value.float().cpu())
         return {name: torch.cat(values) for name, values in parts.items()}
 
@@ -183,7 +184,8 @@ class Prompts(EpochDataModule[_PromptPart]):
         self.table = TextTable(self._embedded())
         self._negative = rows.get("negative_prompts")
         train = rows["prompts"]
-        return {"train": _PromptPart(train), "test": _PromptPart(rows.get("test_prompts", train[: self.eval_batch_size]))}
+        test = rows.get("test_prompts", train[: self.eval_batch_size])
+        return {"train": _PromptPart(train), "test": _PromptPart(test)}
 
     def _embedded(self) -> dict[str, Tensor]:
         pipeline = self.text.load()

@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
+from score_methods import attach, check_score_method
 
 from lit_distill.core.errors import UsageError
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.methods.dmd2 import DMD2
 from lit_distill.diffusion.methods.f_distill import FDistill
 from lit_distill.diffusion.rollout import Sample
-from score_methods import attach, check_score_method
 
 TAPS = ["network.blocks.1"]
 
@@ -25,7 +25,9 @@ def test_method(trainer, digits, make_denoiser, little, tmp_path):
     assert not torch.equal(module.ratio_means, torch.ones(10))  # and the resumed run has the same, see above
 
 
-@pytest.mark.parametrize("words", [{"divergence": "reverse_kl"}, {"divergence": "jeffreys", "ratio_range": (1.0, 1.0 + 1e-9)}])
+@pytest.mark.parametrize(
+    "words", [{"divergence": "reverse_kl"}, {"divergence": "jeffreys", "ratio_range": (1.0, 1.0 + 1e-9)}]
+)
 @pytest.mark.parametrize("features", ["fake", "teacher"])
 def test_equal_ratios_and_the_reverse_divergence_are_dmd2(trainer, digits, make_denoiser, little, words, features):
     torch.manual_seed(0)

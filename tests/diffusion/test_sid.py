@@ -1,5 +1,6 @@
 import pytest
 import torch
+from score_methods import attach, check_score_method
 
 from lit_distill.core.errors import UsageError
 from lit_distill.diffusion.denoiser import Denoiser
@@ -11,7 +12,6 @@ from lit_distill.diffusion.models import GaussianMixture
 from lit_distill.diffusion.paths import EDMPath
 from lit_distill.diffusion.rollout import Sample
 from lit_distill.diffusion.times import Karras, Listed
-from score_methods import attach, check_score_method
 
 
 def test_method(trainer, digits, make_denoiser, little, tmp_path):
@@ -26,8 +26,13 @@ def test_method(trainer, digits, make_denoiser, little, tmp_path):
 def test_the_gradient_goes_through_both_scores_and_stays_in_neither(trainer, digits, make_denoiser, little):
     """Against the formula of one Gaussian: both scores are D(x_t) = m + k (x_t - m), so L is a polynomial of x."""
     path, n = EDMPath(), 6
-    scores = [Denoiser(GaussianMixture([[m] * 4], std, path), path, "x0", time_input="time") for m, std in ((0.3, 0.4), (0.0, 0.5))]
-    module = SiD(make_denoiser(1), make_denoiser(0), [2.5], alpha=1.2, scale=3.0, evaluation=little, student_times=Listed([0.7]))
+    scores = [
+        Denoiser(GaussianMixture([[m] * 4], std, path), path, "x0", time_input="time")
+        for m, std in ((0.3, 0.4), (0.0, 0.5))
+    ]
+    module = SiD(
+        make_denoiser(1), make_denoiser(0), [2.5], alpha=1.2, scale=3.0, evaluation=little, student_times=Listed([0.7])
+    )
     attach(module, trainer, digits)
     x = torch.randn(n, 4)
     sample = Sample(x, x, torch.full((n,), 2.5).double(), 0)
@@ -49,7 +54,9 @@ def test_the_gradient_goes_through_both_scores_and_stays_in_neither(trainer, dig
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_is_left_in_the_scores_and_samples_that_are_not_finite_are_left_out(trainer, digits, make_denoiser, little):
+def test_nothing_is_left_in_the_scores_and_samples_that_are_not_finite_are_left_out(
+    trainer, digits, make_denoiser, little
+):
     module = attach(SiD(make_denoiser(1), make_denoiser(0), [2.5], evaluation=little), trainer, digits)
     x = torch.randn(4, 1, 8, 8)
     x[2, 0, 3, 3] = torch.inf
@@ -62,5 +69,5 @@ def test_nothing_is_left_in_the_scores_and_samples_that_are_not_finite_are_left_
 
 
 def test_scale_must_be_positive(make_denoiser):
-    with pytest.raises(UsageError, match="model.scale is 0"):
+    with pytest.raises(UsageError, match=r"model\.scale is 0"):
         SiD(make_denoiser(1), make_denoiser(0), [2.5], scale=0.0)

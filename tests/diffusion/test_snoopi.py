@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from score_methods import attach, check_score_method
 from torch import nn
@@ -16,6 +16,7 @@ from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.fake import LoRA
 from lit_distill.diffusion.methods.snoopi import SNOOPI
 from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
+from lit_distill.diffusion.models import ResidualMLP
 from lit_distill.diffusion.nasa import ClassTokens, install_nasa, subtracting, with_negative
 from lit_distill.diffusion.networks import call_network
 from lit_distill.diffusion.paths import EDMPath
@@ -109,10 +110,14 @@ def test_a_fixed_scale_is_swiftbrush_and_one_is_none(trainer, digits, make_denoi
     assert not torch.allclose(fixed, none, atol=1e-3)
 
 
-def test_teacher_and_fake_score_have_the_same_scale_for_each_sample(trainer, digits, make_denoiser, little, monkeypatch):
+def test_teacher_and_fake_score_have_the_same_scale_for_each_sample(
+    trainer, digits, make_denoiser, little, monkeypatch
+):
     from lit_distill.diffusion.methods import swiftbrush
 
-    module = SNOOPI(make_denoiser(1), make_denoiser(0), [2.5], guidance_range=(0.5, 4.0), fake=LoRA(4), evaluation=little)
+    module = SNOOPI(
+        make_denoiser(1), make_denoiser(0), [2.5], guidance_range=(0.5, 4.0), fake=LoRA(4), evaluation=little
+    )
     attach(module, trainer, digits)
     asked = []
 
@@ -231,6 +236,7 @@ def test_without_strength_the_model_is_the_plain_one(build):
     both = with_negative(*texts)
     assert {name: value.shape[1] for name, value in both.items()} == dict.fromkeys(texts[0], 6)
     processor = install_nasa(network)
+
     def same(found):
         # Halves of a mask lie otherwise in memory, and attention rounds otherwise.
         torch.testing.assert_close(found, plain, rtol=0, atol=0 if unet else 1e-5)
@@ -288,12 +294,11 @@ def test_a_negative_class_is_kept_away_from():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: install_nasa(UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
-                                          up_block_types=("UpBlock2D",), norm_num_groups=4)), "has no cross-attention"),
-        (lambda: with_negative(torch.zeros(1), {"encoder_hidden_states": torch.zeros(1)}), "must both be text, or both"),
-        (lambda: SNOOPI(make_attentive(1), make_attentive(0), [2.5], guidance_range=(4.0, 0.5)), "give the smaller one"),
+        (lambda: install_nasa(ResidualMLP(4, 0, 8, 1)), "ResidualMLP has no cross-attention of diffusers"),
+        (lambda: with_negative(torch.zeros(1), {"text": torch.zeros(1)}), "must both be text, or both class numbers"),
+        (lambda: SNOOPI(make_attentive(1), make_attentive(0), [2.5], guidance_range=(4.0, 0.5)), "the smaller one"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told(act, message):
     with pytest.raises(UsageError, match=message):
         act()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from score_methods import attach, check_score_method, weights
 
 from lit_distill.core.errors import UsageError
 from lit_distill.diffusion.draws import Draws
@@ -8,7 +9,6 @@ from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
 from lit_distill.diffusion.paths import EDMPath, VPPath
 from lit_distill.diffusion.rollout import Sample
 from lit_distill.diffusion.times import Interval
-from score_methods import attach, check_score_method, weights
 
 
 def made(cls, make_denoiser, little, path=None, steps=(2.5,), **words):
@@ -79,7 +79,9 @@ def test_both_scores_are_guided_alike(trainer, digits, make_denoiser, little, pa
     x_t = (alpha * sample.x0 + sigma * draws.normal(sample.x0.shape)).float()
     none = torch.full((6,), 10)
     with torch.no_grad():
-        d = [(1 - guidance) * net(x_t, t, none) + guidance * net(x_t, t, labels) for net in (module.fake, module.teacher)]
+        d = [
+            (1 - guidance) * net(x_t, t, none) + guidance * net(x_t, t, labels) for net in (module.fake, module.teacher)
+        ]
     r = sigma / alpha
     expected = r / (1 + r**2) * (d[0] - d[1]).double()
     torch.testing.assert_close(g.double(), expected, rtol=1e-3, atol=1e-4)
@@ -126,7 +128,7 @@ def test_published_times_are_whole_numbers_of_equal_chance():
 
 
 def test_mistakes_are_told(make_denoiser, little):
-    with pytest.raises(UsageError, match="condition_dropout is 2.0"):
+    with pytest.raises(UsageError, match=r"condition_dropout is 2\.0"):
         made(SwiftBrush, make_denoiser, little, condition_dropout=2.0)
-    with pytest.raises(UsageError, match="model.guidance needs a network that knows"):
+    with pytest.raises(UsageError, match=r"model\.guidance needs a network that knows"):
         SwiftBrush(*(make_denoiser(i, EDMPath(), num_classes=None) for i in (1, 0)), [2.5])

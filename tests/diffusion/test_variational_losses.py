@@ -32,7 +32,9 @@ def test_sid_with_an_exact_fake_score_expects_one_minus_alpha_times_the_squared_
     x = m_f + s_f * torch.randn(n, 1, generator=generator)
     x_t = x + sigma * torch.randn(n, 1, generator=generator)
     # The divisor is set to 1 by a floor that is above every distance: 1000 times the loss at divisor 1000.
-    value = 1000 * sid_loss(x, estimate(x_t, sigma, m_f, s_f), estimate(x_t, sigma, m_r, s_r), alpha=alpha, floor=1000.0)
+    value = 1000 * sid_loss(
+        x, estimate(x_t, sigma, m_f, s_f), estimate(x_t, sigma, m_r, s_r), alpha=alpha, floor=1000.0
+    )
     k_f, k_r = s_f**2 / (s_f**2 + sigma**2), s_r**2 / (s_r**2 + sigma**2)
     slope = k_r - k_f
     mean = (m_r - m_f) + k_r * (m_f - m_r)  # d at x_t = m_f
@@ -75,7 +77,10 @@ def test_the_difference_of_noise_is_sigma_alpha_times_that_of_data(path):
     torch.testing.assert_close(g.double(), sigma * alpha * (fake - teacher), rtol=1e-4, atol=1e-4)
     # The sign is that of distribution matching.
     torch.testing.assert_close(
-        g.double(), score_gradient(x_t, fake, teacher, weight=sigma * alpha, normalize=False).double(), rtol=1e-4, atol=1e-4
+        g.double(),
+        score_gradient(x_t, fake, teacher, weight=sigma * alpha, normalize=False).double(),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -144,7 +149,7 @@ def test_merged_weights_lie_between(tmp_path):
     for share, network in ((1.0, networks[0]), (0.0, networks[1])):
         merged = merged_weights(*(n.state_dict() for n in networks), share=share)
         assert all(torch.equal(value, network.state_dict()[name]) for name, value in merged.items())
-    with pytest.raises(UsageError, match="--share is 1.5"):
+    with pytest.raises(UsageError, match=r"--share is 1\.5"):
         merged_weights({}, {}, share=1.5)
     with pytest.raises(UsageError, match="is not empty; name a new folder"):
         weight_merge(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "c"))

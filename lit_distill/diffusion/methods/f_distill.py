@@ -105,8 +105,8 @@ class FDistill(DMD2):
         bins = len(self.ratio_means)
         alpha, sigma, _, _ = self.path.at(t)
         place = (bins * sigma / (alpha + sigma)).long().clamp(max=bins - 1)
-        sums = torch.zeros(2, bins, device=ratio.device).index_add_(1, place, torch.stack([ratio, torch.ones_like(ratio)]))
-        total, count = self._mean(sums)
+        sums = torch.zeros(2, bins, device=ratio.device)
+        total, count = self._mean(sums.index_add_(1, place, torch.stack([ratio, torch.ones_like(ratio)])))
         old = self.ratio_means
         new = self.ratio_decay * old + (1 - self.ratio_decay) * total / count.clamp(min=1e-6)
         self.ratio_means = torch.where(count > 0, new, old)

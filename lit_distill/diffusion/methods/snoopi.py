@@ -22,9 +22,9 @@ class SNOOPI(SwiftBrush):
         \kappa \sim U(\text{low}, \text{high})
 
     kappa is this package's guidance scale: 1 is none. With `nasa` (NASA-T) the generator, too, learns to keep away
-    from a negative prompt: `NASAAttnProcessor` with a ~ U(0, 1), while the teacher is guided away from the same negative
-    prompt in place of "no condition"; the fake score is not. Where conditions are classes, another class is the
-    negative one.
+    from a negative prompt: `NASAAttnProcessor` with a ~ U(0, 1), while the teacher is guided away from the same
+    negative prompt in place of "no condition"; the fake score is not. Where conditions are classes, another class is
+    the negative one.
 
     A generator without `nasa` can have negative prompts, too, when it is used (NASA-I): see
     `lit_distill.diffusion.nasa.subtracting`.

@@ -30,8 +30,9 @@ class SwiftBrush(ScoreDistiller):
     condition", too: y' is that for the whole batch, with a chance of `condition_dropout`. No real image is used; of
     data with images, their number alone counts.
 
-    alpha and sigma are those of a path that preserves the variance; on other paths, those of such a path at equal noise.
-    The generator starts from sigma eps, the paper's from eps: at the last time of Stable Diffusion sigma is 0.998.
+    alpha and sigma are those of a path that preserves the variance; on other paths, those of such a path at equal
+    noise. The generator starts from sigma eps, the paper's from eps: at the last time of Stable Diffusion sigma is
+    0.998.
 
     Args:
         student: The generator.
