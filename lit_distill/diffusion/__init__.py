@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.denoiser import Denoiser, guided
     from lit_distill.diffusion.distillation import ScoreDistiller
     from lit_distill.diffusion.evaluation import GenerationEvaluation
-    from lit_distill.diffusion.fake import FullCopy, LoRA
+    from lit_distill.diffusion.experts import PhaseExperts
+    from lit_distill.diffusion.fake import FullCopy, LoRA, OwnNetwork
+    from lit_distill.diffusion.methods.decoupled_dmd import DecoupledDMD
     from lit_distill.diffusion.methods.denoising import Denoising
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
     from lit_distill.diffusion.methods.dmd import DMD
     from lit_distill.diffusion.methods.dmd2 import DMD2
+    from lit_distill.diffusion.methods.msd import MSD
+    from lit_distill.diffusion.methods.phased_dmd import PhasedDMD
+    from lit_distill.diffusion.methods.teacher_score_matching import TeacherScoreMatching
+    from lit_distill.diffusion.mixtures import MixtureDataModule, MixtureEvaluation, exact_denoiser, ring
     from lit_distill.diffusion.models import GaussianMixture, ResidualMLP, small_unet
     from lit_distill.diffusion.networks import diffusers_network
     from lit_distill.diffusion.paths import (
@@ -28,12 +34,15 @@ if TYPE_CHECKING:
         from_scheduler,
         scheduler_path,
     )
+    from lit_distill.diffusion.students import ClassPartition, PartitionedImages, StudentRouter
 
 _MODULES = {
     "DMD": "methods.dmd",
     "DMD2": "methods.dmd2",
+    "DecoupledDMD": "methods.decoupled_dmd",
     "Denoising": "methods.denoising",
     "DiffInstruct": "methods.diff_instruct",
+    "ClassPartition": "students",
     "CosinePath": "paths",
     "Denoiser": "denoiser",
     "DiffusionDistiller": "base",
@@ -44,13 +53,24 @@ _MODULES = {
     "GenerationEvaluation": "evaluation",
     "GeneratorImages": "data",
     "LoRA": "fake",
+    "MSD": "methods.msd",
+    "MixtureDataModule": "mixtures",
+    "MixtureEvaluation": "mixtures",
+    "OwnNetwork": "fake",
+    "PartitionedImages": "students",
+    "PhaseExperts": "experts",
+    "PhasedDMD": "methods.phased_dmd",
     "ResidualMLP": "models",
     "ScoreDistiller": "distillation",
+    "StudentRouter": "students",
+    "TeacherScoreMatching": "methods.teacher_score_matching",
     "TrigPath": "paths",
     "VPPath": "paths",
     "diffusers_network": "networks",
+    "exact_denoiser": "mixtures",
     "from_scheduler": "paths",
     "guided": "denoiser",
+    "ring": "mixtures",
     "scheduler_path": "paths",
     "small_unet": "models",
 }
@@ -58,13 +78,19 @@ _MODULES = {
 __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "DMD",
     "DMD2",
+    "DecoupledDMD",
     "Denoising",
     "DiffInstruct",
+    "MSD",
+    "PhasedDMD",
+    "TeacherScoreMatching",
     "Denoiser",
     "GaussianMixture",
     "ResidualMLP",
     "diffusers_network",
+    "exact_denoiser",
     "guided",
+    "ring",
     "small_unet",
     "CosinePath",
     "EDMPath",
@@ -73,12 +99,19 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "VPPath",
     "from_scheduler",
     "scheduler_path",
+    "ClassPartition",
     "DiffusionDistiller",
     "FullCopy",
     "GenerationEvaluation",
     "GeneratorImages",
     "LoRA",
+    "MixtureDataModule",
+    "MixtureEvaluation",
+    "OwnNetwork",
+    "PartitionedImages",
+    "PhaseExperts",
     "ScoreDistiller",
+    "StudentRouter",
 ]
 
 
