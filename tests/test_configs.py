@@ -11,6 +11,7 @@ from torch_geometric.nn.models import GIN, GraphSAGE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_distill.cli import main
+from lit_distill.core.networks import instantiate
 from lit_distill.experiment.export import save_student
 from lit_distill.experiment.launch import DistillCLI
 from lit_distill.experiment.methods import find_methods
@@ -20,7 +21,7 @@ from lit_distill.image.models import ConvNet, LeNet, ResNetCIFAR
 
 ROOT = Path(__file__).parents[1]
 NODES = {"glnn", "glnn_small", "nodes_small"}  # nodes of one graph are the samples
-DOMAINS = ("image", "graph", "dataset", "llm")
+DOMAINS = ("image", "graph", "dataset", "llm", "diffusion")
 MADE_WITHIN = ("mend", "mend_small")  # the method builds its student around the network that is given
 SMOLLM2 = "models/smollm2"  # the teacher of small language runs
 METHODS = sorted(path for domain in DOMAINS for path in (ROOT / "configs" / domain).glob("*.yaml"))
@@ -68,7 +69,24 @@ def teachers(tmp_path_factory):
     spec = {"class_path": "torch_geometric.nn.models.GraphSAGE", "init_args": sage}
     save_student(GraphSAGE(**sage).state_dict(), spec, folder / "nodes/student")
     save_language_model(folder / "language")
+    judge = {"num_classes": 10, "widths": [16, 32], "hidden": 32, "image_size": 8}
+    spec = {"class_path": f"{path}.LeNet", "init_args": judge}
+    save_student(LeNet(**judge).state_dict(), spec, folder / "judge/student")
+    save_denoiser(folder / "denoiser/student")
     return folder
+
+
+def save_denoiser(folder):
+    """A denoiser of 8x8 digits that knows nothing."""
+    spec = {
+        "class_path": "lit_distill.diffusion.Denoiser",
+        "init_args": {
+            "network": {"class_path": "lit_distill.diffusion.ResidualMLP", "init_args": {"width": 16}},
+            "path": {"class_path": "lit_distill.diffusion.EDMPath"},
+            "num_classes": 10,
+        },
+    }
+    save_student(instantiate(spec).state_dict(), spec, folder)
 
 
 def save_language_model(folder):
@@ -105,6 +123,8 @@ def weights_for(path):
         return "language"
     if path.parent.name == "dataset":
         return "digits" if small else "colors"
+    if path.parent.name == "diffusion":
+        return "denoiser"
     if path.parent.name == "graph":
         return "nodes" if path.stem in NODES else "graph"
     return "small" if small else "large"
@@ -118,7 +138,9 @@ def with_weights(config, weights):
         return weights
     if not isinstance(config, dict):
         return config
-    return {key: weights if key == "weights" else with_weights(value, weights) for key, value in config.items()}
+    other = str(Path(weights).with_name("judge"))  # in whose features generators are judged
+    given = {"weights": other if str(config.get("weights")).endswith("/classifier") else weights}
+    return {key: given[key] if key in given else with_weights(value, weights) for key, value in config.items()}
 
 
 def words(path, teachers, root):
@@ -136,7 +158,7 @@ def test_method_config_instantiates(path, teachers, tmp_path, monkeypatch):
     monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, _: built.append(cli))
     assert main(words(path, teachers, tmp_path)) == 0
     student = yaml.safe_load(path.read_text())["model"]["init_args"].get("student")
-    if student is not None and path.stem not in MADE_WITHIN:
+    if student is not None and path.stem not in MADE_WITHIN and not student["class_path"].endswith(".pretrained"):
         assert type(built[0].model.student).__name__ == student["class_path"].rpartition(".")[2]
     assert built[0].datamodule.batch_size > 0
 
@@ -157,6 +179,10 @@ def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_pa
         return
     if path.stem == "mend_small":
         assert {"test/kl", "test/kl_without"} <= set(summary["metrics"])
+    elif path.parent.name == "diffusion" and path.stem != "classifier_small":
+        assert {"test/fd", "test/recall", "test/precision", "test/acc", "test/mmd"} <= set(summary["metrics"])
+        assert {"test/nfe", "test/images_per_second", "test/nearest_train"} <= set(summary["metrics"])
+        assert (folder / summary["panels"]["samples"]["file"]).is_file()
     elif path.parent.name == "llm":
         assert {"test/ce", "test/acc", "test/ece", "test/kl", "val/ce"} <= set(summary["metrics"])
     else:

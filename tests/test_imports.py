@@ -30,6 +30,7 @@ def loaded_after(code):
         "import lit_distill.core, lit_distill.core.errors, lit_distill.core.reference, lit_distill.core.files",
         "import lit_distill.image",
         "import lit_distill.graph",
+        "import lit_distill.diffusion",
         "from lit_distill.cli import main; main(['methods'])",
         "from lit_distill.cli import main; main(['--help'])",
         "from lit_distill.cli import main; main(['fitt'])",
@@ -61,7 +62,8 @@ def test_every_module_imports():
 
 
 @pytest.mark.parametrize(
-    "package", ["lit_distill.core", "lit_distill.graph", "lit_distill.image", "lit_distill.losses"]
+    "package",
+    ["lit_distill.core", "lit_distill.diffusion", "lit_distill.graph", "lit_distill.image", "lit_distill.losses"],
 )
 def test_every_public_name_is_there(package):
     module = importlib.import_module(package)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_distill.diffusion.base import DiffusionDistiller
     from lit_distill.diffusion.data import GeneratorImages
-    from lit_distill.diffusion.denoiser import Denoiser, guided
+    from lit_distill.diffusion.denoiser import Denoiser, guided, pretrained
     from lit_distill.diffusion.distillation import ScoreDistiller
     from lit_distill.diffusion.evaluation import GenerationEvaluation
     from lit_distill.diffusion.experts import PhaseExperts
@@ -70,6 +70,7 @@ _MODULES = {
     "exact_denoiser": "mixtures",
     "from_scheduler": "paths",
     "guided": "denoiser",
+    "pretrained": "denoiser",
     "ring": "mixtures",
     "scheduler_path": "paths",
     "small_unet": "models",
@@ -90,6 +91,7 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "diffusers_network",
     "exact_denoiser",
     "guided",
+    "pretrained",
     "ring",
     "small_unet",
     "CosinePath",

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.networks import pretrained as load_pretrained
 from lit_distill.diffusion.networks import Condition, call_network
 from lit_distill.diffusion.paths import GaussianPath, Prediction, check_prediction
 
@@ -137,6 +138,22 @@ class Denoiser(nn.Module):
             "model.guidance needs a network that knows 'no condition'; train it with label_dropout and give "
             "num_classes, or set `null` for text, or guide with 1.0"
         )
+
+
+def pretrained(weights: str, network: Denoiser | None = None) -> Denoiser:
+    """Loads a denoiser that a run has left, see `lit_distill.core.pretrained`.
+
+    Args:
+        weights: A run folder, its `student/` folder, or a file with weights.
+        network: The denoiser to fill; folders say themselves which one it is.
+
+    Raises:
+        UsageError: There are no such weights, or they are of another kind of network.
+    """
+    found = load_pretrained(weights, network)
+    if not isinstance(found, Denoiser):
+        raise UsageError(f"weights: {weights} holds a {type(found).__name__}, no Denoiser; give the run of a teacher")
+    return found
 
 
 def guided(

@@ -57,7 +57,7 @@ class ScoreDistiller(DiffusionDistiller):
     score, by its optimizer.
 
     Args:
-        student: The generator; it begins as the teacher (`lit_distill.core.pretrained` with the teacher's weights).
+        student: The generator; it begins as the teacher: `lit_distill.diffusion.pretrained` with the same weights.
         teacher: The frozen denoiser, on the same path.
         steps: Times of the generator's steps, from noisy to clean; one for a one-step generator.
         inputs: What the generator sees in training at steps after the first: "simulate", its own samples; "data",

@@ -162,6 +162,7 @@ class GenerationEvaluation:
 
     def _show(self, module: Any, data: Any, generated: Tensor, labels: Tensor, part: str) -> None:
         """Keeps a picture in the run's folder: a row for each class, of at most ten."""
+        folder = module.trainer.log_dir  # asked by all processes: one tells the others
         if not module.trainer.is_global_zero:
             return
         from torchvision.utils import make_grid, save_image
@@ -172,7 +173,6 @@ class GenerationEvaluation:
         for logger in module.loggers:
             if hasattr(logger, "log_image"):  # Weights & Biases
                 logger.log_image(f"{part}/samples", [grid], step=module.iteration)
-        folder = module.trainer.log_dir
         if part != "test" or not folder:
             return
         with atomic_path(Path(folder) / PICTURE) as file:

@@ -147,7 +147,7 @@ def test_gradients_flow_through_what_rests_and_none_are_left(make_denoiser):
     assert all(p.grad is None and p.requires_grad for p in network.parameters())
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """As by a power cut."""
 
 
@@ -155,7 +155,7 @@ def killed_between(base, iteration):
     class Dying(base):
         def fake_loss(self, *args):
             if self.iteration == iteration:
-                raise Killed
+                raise KilledError
             return super().fake_loss(*args)
 
     return Dying
@@ -172,7 +172,7 @@ def test_killed_between_student_and_fake_update_and_resumed_is_uninterrupted(
     whole = build()
     trainer().fit(whole, datamodule=copy.deepcopy(digits))
     keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trainer(callbacks=[keep], enable_checkpointing=True).fit(
             build(killed_between(DMD2, 4)), datamodule=copy.deepcopy(digits)
         )
@@ -193,11 +193,11 @@ def test_a_student_that_is_not_finite_stops_the_run(trainer, digits, make_denois
     student = make_denoiser(1)
     student.network.last.bias.data[3] = math.nan
     module = ScoreDistiller(student, make_denoiser(0), [2.5], evaluation=little)
-    with pytest.raises(RunError, match="train/surrogate is nan at iteration 0; .* the last good checkpoint is kept"):
+    with pytest.raises(RunError, match=r"train/surrogate is nan at iteration 0; .* the last good checkpoint is kept"):
         trainer(log_every_n_steps=1).fit(module, datamodule=digits)
 
 
-# ---- the fake score ---------------------------------------------------------------------------------------------------
+# ---- the fake score -------------------------------------------------------------------------------------------------
 
 
 def test_a_lora_begins_as_the_teacher_shares_its_weights_and_trains_adapters_alone(
@@ -229,7 +229,7 @@ def test_a_lora_begins_as_the_teacher_shares_its_weights_and_trains_adapters_alo
     assert torch.equal(again.fake(x, 1.0, labels), module.fake(x, 1.0, labels))
 
 
-# ---- Diff-Instruct and DMD ---------------------------------------------------------------------------------------------
+# ---- Diff-Instruct and DMD ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", ["one", "sigma2", "sigma2_over_alpha2"])
@@ -298,7 +298,7 @@ def test_pairs_are_what_the_exact_flow_makes_of_the_noise(trainer, digits, make_
         made = module.student(2.5 * drawn["noise"], 2.5, drawn["labels"].long())
     assert value.item() == pytest.approx(0.25 * float((made - drawn["x0"]).square().mean()), rel=1e-5)
     trainer(limit_train_batches=1).fit(build(), datamodule=digits)  # reads the file
-    with pytest.raises(UsageError, match="is stale: guidance was 1.0, now 2.0"):
+    with pytest.raises(UsageError, match=r"is stale: guidance was 1\.0, now 2\.0"):
         trainer(limit_train_batches=1).fit(build(guidance=2.0), datamodule=digits)
 
 
@@ -324,7 +324,7 @@ def test_mistakes_are_told(build, message, make_denoiser):
 
 def test_taps_of_a_discriminator_must_exist(trainer, digits, make_denoiser, little):
     module = DMD2(make_denoiser(1), make_denoiser(0), [2.5], taps=["network.mid"], evaluation=little)
-    with pytest.raises(UsageError, match="tap 'network.mid' is not a module of Denoiser"):
+    with pytest.raises(UsageError, match=r"tap 'network\.mid' is not a module of Denoiser"):
         trainer().fit(module, datamodule=digits)
 
 
