@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_distill.diffusion.backtracking import BacktrackingTarget
     from lit_distill.diffusion.base import DiffusionDistiller
     from lit_distill.diffusion.data import GeneratorImages
     from lit_distill.diffusion.denoiser import Denoiser, guided, pretrained
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.methods.decoupled_dmd import DecoupledDMD
     from lit_distill.diffusion.methods.denoising import Denoising
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
+    from lit_distill.diffusion.methods.disback import DegradationRecorder, DisBack
     from lit_distill.diffusion.methods.dmd import DMD
     from lit_distill.diffusion.methods.dmd2 import DMD2
     from lit_distill.diffusion.methods.msd import MSD
@@ -41,7 +43,10 @@ _MODULES = {
     "DMD2": "methods.dmd2",
     "DecoupledDMD": "methods.decoupled_dmd",
     "Denoising": "methods.denoising",
+    "DegradationRecorder": "methods.disback",
     "DiffInstruct": "methods.diff_instruct",
+    "DisBack": "methods.disback",
+    "BacktrackingTarget": "backtracking",
     "ClassPartition": "students",
     "CosinePath": "paths",
     "Denoiser": "denoiser",
@@ -81,7 +86,9 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "DMD2",
     "DecoupledDMD",
     "Denoising",
+    "DegradationRecorder",
     "DiffInstruct",
+    "DisBack",
     "MSD",
     "PhasedDMD",
     "TeacherScoreMatching",
@@ -101,6 +108,7 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "VPPath",
     "from_scheduler",
     "scheduler_path",
+    "BacktrackingTarget",
     "ClassPartition",
     "DiffusionDistiller",
     "FullCopy",
