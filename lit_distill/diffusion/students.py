@@ -23,26 +23,25 @@ class ClassPartition:
 
     Args:
         num_classes: Number of classes.
-        parts: Number of parts, of consecutive classes: what ImageNet lists together is alike.
-        groups: The parts themselves, such as clusters of classes, in place of that.
+        parts: Number of parts, of consecutive classes (what ImageNet lists together is alike); or the parts themselves,
+            such as clusters of classes.
 
     Raises:
-        UsageError: There are more parts than classes, or groups leave a class out or have it twice.
+        UsageError: There are more parts than classes, or the parts leave a class out or have it twice.
     """
 
-    def __init__(self, num_classes: int, parts: int = 1, groups: Sequence[Sequence[int]] | None = None) -> None:
-        check_least("partition", 1, num_classes=num_classes, parts=parts)
-        if parts > num_classes:
-            raise UsageError(f"partition.parts: {parts} parts of {num_classes} classes leave some empty; give fewer")
-        if groups is None:
+    def __init__(self, num_classes: int, parts: int | Sequence[Sequence[int]] = 1) -> None:
+        if isinstance(parts, int):
+            if not 1 <= parts <= num_classes:
+                raise UsageError(f"parts: {parts} are no number of parts of {num_classes} classes; give 1 to that many")
             self.groups = list(torch.arange(num_classes).tensor_split(parts))
         else:
-            self.groups = [torch.tensor(list(group), dtype=torch.long) for group in groups]
+            self.groups = [torch.tensor(list(group), dtype=torch.long) for group in parts]
         found = torch.cat(self.groups)
         if not torch.equal(found.sort().values, torch.arange(num_classes)) or not all(len(g) for g in self.groups):
             raise UsageError(
-                f"partition.groups: {[group.tolist() for group in self.groups]} do not have each of the {num_classes} "
-                "classes once; give disjoint groups that cover them"
+                f"parts: {[group.tolist() for group in self.groups]} do not have each of the {num_classes} classes "
+                "once; give disjoint parts that cover them"
             )
         self.part_of = torch.empty(num_classes, dtype=torch.long)
         for number, group in enumerate(self.groups):
@@ -80,24 +79,23 @@ class StudentRouter(Denoiser):
 
     Args:
         student: What all students begin as; each is a copy. It may be smaller than the teacher.
-        partition: Who has which classes.
+        parts: Number of students, or the classes of each, see `ClassPartition`.
 
     Raises:
-        UsageError: The student knows another number of classes.
+        UsageError: The student knows no classes, or parts and classes do not fit.
 
     Attributes:
         network: The students, each a `Denoiser`.
+        partition: Who has which classes.
     """
 
     network: nn.ModuleList
     part_of: Int[Tensor, " classes"]
 
-    def __init__(self, student: Denoiser, partition: ClassPartition) -> None:
-        if student.num_classes != len(partition.part_of):
-            raise UsageError(
-                f"student.partition: it has {len(partition.part_of)} classes, the student knows {student.num_classes}; "
-                "they must be the same"
-            )
+    def __init__(self, student: Denoiser, parts: int | Sequence[Sequence[int]]) -> None:
+        if student.num_classes is None:
+            raise UsageError("model.student: it knows no classes to share among students; give one with num_classes")
+        partition = ClassPartition(student.num_classes, parts)
         super().__init__(
             nn.ModuleList(copy.deepcopy(student) for _ in partition.groups),
             student.path,
@@ -154,18 +152,29 @@ class PartitionedImages(GeneratorImages):
 
     Args:
         source: See `GeneratorImages`.
-        partition: The parts, as in the `StudentRouter`.
+        parts: As of the `StudentRouter`.
         turn: Batches before it is the next part's turn: `fake_updates` of the method.
         epoch_batches: Batches in an epoch.
         kwargs: See `GeneratorImages`.
     """
 
     def __init__(
-        self, source: ImageDataModule, partition: ClassPartition, turn: int, epoch_batches: int, **kwargs: Any
+        self,
+        source: ImageDataModule,
+        parts: int | Sequence[Sequence[int]],
+        turn: int,
+        epoch_batches: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(source, epoch_batches, **kwargs)
         check_least("data", 1, turn=turn)
-        self.partition, self.turn, self.length = partition, turn, epoch_batches
+        self.parts, self.turn, self.length = parts, turn, epoch_batches
+
+    def read_parts(self) -> dict[str, Any]:
+        """Reads the data, and says which of their classes are of which part."""
+        parts = super().read_parts()
+        self.partition = ClassPartition(self.num_classes, self.parts)
+        return parts
 
     def part_at(self, epoch: int, batch_idx: int) -> int:
         """Says which part of the classes a batch is of."""
@@ -175,11 +184,6 @@ class PartitionedImages(GeneratorImages):
         """Makes the loader of a part of the data."""
         if not training:
             return super().make_loader(part, training, device, sampling)
-        if len(self.partition.part_of) != self.num_classes:
-            raise UsageError(
-                f"data.partition: it has {len(self.partition.part_of)} classes, the data {self.num_classes}; they must "
-                "be the same"
-            )
         return self.source.make_loader(part, training, device, {**sampling, "sampler": _InTurn(self)})
 
 
@@ -194,7 +198,7 @@ class _InTurn(EpochPermutation):
         self.positions = [(parts == number).nonzero()[:, 0] for number in range(len(data.partition))]
         for number, own in enumerate(self.positions):
             if not len(own):
-                raise UsageError(f"data.partition: no sample is of part {number}; give parts that the data have")
+                raise UsageError(f"data.parts: no sample is of part {number}; give parts that the data have")
 
     def order(self) -> Tensor:
         """Returns the sample positions of the current epoch."""

@@ -86,7 +86,7 @@ class MSD(DMD, DMD2):
         if hasattr(data, "part_at"):
             if data.partition != self.student.partition or data.turn != self.fake_updates:
                 raise UsageError(
-                    f"data: its partition or its turn ({data.turn}) is not that of model.student and "
+                    f"data: its parts or its turn ({data.turn}) is not that of model.student and "
                     f"model.fake_updates ({self.fake_updates}); give both the same"
                 )
         elif self.head is not None and len(self.student.network) > 1:
