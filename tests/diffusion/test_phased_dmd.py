@@ -1,6 +1,7 @@
 """Phased DMD: its target against closed forms, its experts, and runs across a change of phase."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.networks import instantiate
+from lit_distill.diffusion.denoiser import pretrained
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.experts import EulerSteps, PhaseExperts
 from lit_distill.diffusion.methods.phased_dmd import PhasedDMD
@@ -24,6 +26,7 @@ from lit_distill.diffusion.subintervals import (
     subinterval_weight,
 )
 from lit_distill.diffusion.times import Uniform
+from lit_distill.experiment.export import save_student
 
 PATHS = [FlowPath(), EDMPath(), CosinePath(), VPPath()]
 
@@ -199,18 +202,26 @@ def test_sampling_calls_experts_by_the_number_of_the_step(trainer, digits, make_
     assert module.sampler.evaluations() == 4
 
 
-def test_an_exported_student_is_built_from_its_description():
+def test_an_exported_student_is_built_from_its_description(tmp_path):
+    """Also where its experts began as a network from a run, which may be gone by then."""
     network = {"class_path": "lit_distill.diffusion.ResidualMLP", "init_args": {"width": 16}}
     path = {"class_path": "lit_distill.diffusion.FlowPath"}
     expert = {"network": network, "path": path, "prediction": "u", "num_classes": 10}
     spec = {
         "class_path": "lit_distill.diffusion.PhaseExperts",
         "init_args": {
-            "expert": {"class_path": "lit_distill.diffusion.Denoiser", "init_args": expert},
+            "expert": {
+                "class_path": "lit_distill.diffusion.pretrained",
+                "init_args": {"weights": str(tmp_path / "teacher")},
+            },
             "steps": [[1.0], [0.5]],
         },
     }
-    made = instantiate(spec)
+    denoiser = {"class_path": "lit_distill.diffusion.Denoiser", "init_args": expert}
+    save_student(instantiate(denoiser).state_dict(), denoiser, tmp_path / "teacher/student")
+    save_student(instantiate(spec).state_dict(), spec, tmp_path / "student")
+    shutil.rmtree(tmp_path / "teacher")
+    made = pretrained(str(tmp_path))
     assert len(made.network) == 2
     assert made.num_classes == 10
 
