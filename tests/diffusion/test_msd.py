@@ -281,3 +281,9 @@ def test_score_matching_resumes(trainer, digits, make_denoiser, little, tmp_path
     trainer().fit(again, datamodule=copy.deepcopy(digits), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     for key, value in again.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key
+
+
+def test_score_matching_wants_the_classes_of_the_teacher(trainer, digits, make_denoiser, little):
+    module = TeacherScoreMatching(make_denoiser(1, num_classes=3), make_denoiser(0), evaluation=little)
+    with pytest.raises(UsageError, match=r"model.student: it knows 3 classes, the teacher 10"):
+        trainer().fit(module, datamodule=digits)

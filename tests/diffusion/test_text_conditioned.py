@@ -32,7 +32,8 @@ FAMILIES = {
     ),
     "Lumina2Transformer2DModel": (
         {"in_channels": 4, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2,
-         "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": (4, 4, 4), "axes_lens": (32, 32, 32), "cap_feat_dim": 16},
+         "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": (4, 4, 4), "axes_lens": (32, 32, 32),
+         "cap_feat_dim": 16},
         (4, 4, 4), FlowPath(), "u", "time", WORDS | {"encoder_attention_mask": (5,)},
     ),
     "UNet2DConditionModel": (

@@ -49,10 +49,14 @@ class TeacherScoreMatching(DiffusionDistiller):
         sampler: Sampler | None = None,
         **kwargs: Any,
     ) -> None:
-        ScoreDistiller._check_networks(student, teacher)
         super().__init__(student, teacher, sampler=sampler if sampler is not None else Heun(18), **kwargs)
         self.times = times if times is not None else LogNormal()
         self.weighting = weighting or natural_weighting(teacher)
+
+    def build(self) -> None:
+        """Refuses a student on another path, or with other classes, than the teacher's."""
+        super().build()
+        ScoreDistiller._check_networks(self.student, self.teacher)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compares both at noisy real data."""
