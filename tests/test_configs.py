@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
+from shutil import copy
 
 import pytest
 import yaml
@@ -80,6 +81,9 @@ def teachers(tmp_path_factory):
     spec = {"class_path": f"{path}.LeNet", "init_args": judge}
     save_student(LeNet(**judge).state_dict(), spec, folder / "judge/student")
     save_denoiser(folder / "denoiser/student")
+    for node in ("0001", "0002"):
+        (folder / "denoiser/nodes").mkdir(exist_ok=True)
+        copy(folder / "denoiser/student/model.safetensors", folder / f"denoiser/nodes/{node}.safetensors")
     return folder
 
 
@@ -149,6 +153,7 @@ def with_weights(config, weights):
         return config
     other = str(Path(weights).with_name("judge"))  # in whose features generators are judged
     given = {"weights": other if str(config.get("weights")).endswith("/classifier") else weights}
+    given["nodes"] = f"{weights}/nodes"  # of a teacher's way down to a generator
     return {key: given[key] if key in given else with_weights(value, weights) for key, value in config.items()}
 
 

@@ -10,11 +10,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError, check_least
+from lit_distill.diffusion.backtracking import BacktrackingTarget
 from lit_distill.diffusion.base import DiffusionDistiller
 from lit_distill.diffusion.denoiser import Denoiser, guided
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.evaluation import GenerationEvaluation
-from lit_distill.diffusion.fake import FakeScore, FullCopy
+from lit_distill.diffusion.fake import FakeScore, FullCopy, LoRA
 from lit_distill.diffusion.losses import (
     Weighting,
     denoising_loss,
@@ -100,6 +101,8 @@ class ScoreDistiller(DiffusionDistiller):
         check_least("model", 1, fake_updates=fake_updates)
         if teacher.num_classes is None and guidance != 1.0 and teacher.no_condition is None:
             teacher.null_condition(None)  # says what is missing
+        if isinstance(teacher, BacktrackingTarget) and isinstance(fake, LoRA):
+            raise UsageError("model.fake: LoRA shares the weights of a teacher that moves; take FullCopy")
         self.automatic_optimization = False
         self.rollout = rollout
         self.guidance = guidance
@@ -150,6 +153,12 @@ class ScoreDistiller(DiffusionDistiller):
         return super()._is_frozen(key) or key in self._of_teacher
 
     # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Takes a teacher that moves to where it is at this batch."""
+        super().on_train_batch_start(batch, batch_idx)
+        if isinstance(self.teacher, BacktrackingTarget):
+            self.teacher.move_to(self.iteration)
 
     def is_student_turn(self) -> bool:
         """Says whether the student takes a step in this iteration."""

@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 
+import torch
 from torch import nn
 
 from lit_distill.core.errors import UsageError
@@ -21,6 +22,12 @@ class FakeScore(ABC):
             sharded: Whether networks will be sharded (FSDP2); then none may share weights with another.
         """
 
+    @torch.no_grad()
+    def restart(self, fake: Denoiser, teacher: Denoiser) -> None:
+        """Makes a fake score in use what it began as, in place: its optimizer keeps hold of its parameters."""
+        for own, first in zip(fake.parameters(), self.build(teacher).parameters(), strict=True):
+            own.copy_(first)
+
 
 class FullCopy(FakeScore):
     """A copy of the teacher, all of which is trained."""
@@ -28,6 +35,32 @@ class FullCopy(FakeScore):
     def build(self, teacher: Denoiser, sharded: bool = False) -> Denoiser:
         """See `FakeScore`."""
         return copy.deepcopy(teacher).requires_grad_(True)
+
+    @torch.no_grad()
+    def restart(self, fake: Denoiser, teacher: Denoiser) -> None:
+        """See `FakeScore`."""
+        for own, original in zip(fake.parameters(), teacher.parameters(), strict=True):
+            own.copy_(original)
+
+
+class OwnNetwork(FakeScore):
+    """A network of its own, all of which is trained, where the teacher has no weights to begin from (`exact_denoiser`).
+
+    Args:
+        network: The denoiser, on the teacher's path.
+    """
+
+    def __init__(self, network: Denoiser) -> None:
+        self.network = network
+
+    def build(self, teacher: Denoiser, sharded: bool = False) -> Denoiser:
+        """See `FakeScore`."""
+        if type(self.network.path) is not type(teacher.path):
+            raise UsageError(
+                f"model.fake: it is on {type(self.network.path).__name__}, the teacher on "
+                f"{type(teacher.path).__name__}; give both the same path"
+            )
+        return copy.deepcopy(self.network).requires_grad_(True)
 
 
 class LoRA(FakeScore):
@@ -61,3 +94,12 @@ class LoRA(FakeScore):
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, init_lora_weights="gaussian")
         inject_adapter_in_model(config, fake.network)  # gradients for the adapters alone
         return fake
+
+    @torch.no_grad()
+    def restart(self, fake: Denoiser, teacher: Denoiser) -> None:
+        """See `FakeScore`. What the adapters add is 0 again; their other factor is drawn anew."""
+        for name, own in fake.named_parameters():
+            if ".lora_A." in name:
+                own.normal_(std=1 / self.rank)
+            elif ".lora_B." in name:
+                own.zero_()

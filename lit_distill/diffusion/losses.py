@@ -230,6 +230,27 @@ def denoising_loss(
     return reduce((weight * error).float(), reduction)
 
 
+def mean_variance_kl(
+    student_x0: Float[Tensor, "b *sample"], *, mean: float, variance: float, reduction: Reduction = "batchmean"
+) -> Tensor:
+    r"""KL divergence of Gaussians: one with each sample's own mean and variance, to a given one.
+
+    .. math:: \tfrac12 \Big[ \frac{v_i + (\mu_i - m)^2}{S} - 1 - \log \frac{v_i}{S} \Big]
+
+    Args:
+        student_x0: Generated samples; mu_i and v_i are over all numbers of a sample.
+        mean: m.
+        variance: S.
+        reduction: Of the samples' divergences (B,).
+
+    Reference: the constraint on mean and variance that Decoupled DMD compares with, 2025, arXiv 2511.22677.
+    """
+    flat = student_x0.float().flatten(1)
+    found = flat.var(1, correction=0)
+    distance = (found + (flat.mean(1) - mean).square()) / variance - 1 - (found / variance).log()
+    return reduce(distance / 2, reduction)
+
+
 def gan_loss(
     fake_logits: Float[Tensor, "b *heads"], real_logits: Float[Tensor, "b *heads"] | None, *, kind: GANKind = "ns"
 ) -> Float[Tensor, ""]:

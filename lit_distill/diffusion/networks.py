@@ -110,6 +110,21 @@ def _flux(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> 
     return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
+def _lumina(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    # Lumina counts time from noise to data, so its velocity has the other sign.
+    return -_text_transformer(network, x, 1 - time, condition)
+
+
+def _qwen(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    # Qwen-Image packs as Flux does, and knows positions by the sizes of the images.
+    b, c, h, w = x.shape
+    tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    words = _keywords(network, condition)
+    sizes = [[(1, h // 2, w // 2)]] * b
+    out = network(hidden_states=tokens, timestep=time, img_shapes=sizes, return_dict=False, **words)[0]
+    return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
 def _keywords(network: nn.Module, condition: Condition) -> dict[str, Tensor]:
     if not isinstance(condition, Mapping) or "encoder_hidden_states" not in condition:
         raise UsageError(
@@ -126,4 +141,7 @@ _CALLS: dict[str, Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]] = {
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _text_transformer,
     "FluxTransformer2DModel": _flux,
+    "Lumina2Transformer2DModel": _lumina,
+    "QwenImageTransformer2DModel": _qwen,
+    "WanTransformer3DModel": _text_transformer,
 }

@@ -28,12 +28,17 @@ def save_student(state: Mapping[str, Any], spec: Mapping[str, Any], folder: Path
 
 
 def network_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Strips `pretrained` around a network's specification: the exported weights replace the original ones."""
+    """Strips `pretrained` around and inside a network's specification: exported weights replace the original ones."""
     while str(spec.get("class_path", "")).rpartition(".")[2] == "pretrained":
         spec = spec["init_args"].get("network") or json.loads(
             (_student_folder(Path(spec["init_args"]["weights"])) / CONFIG_FILE).read_text(encoding="utf-8")
         )
-    return dict(spec)
+    inner = {key: network_spec(v) if "class_path" in v else v for key, v in _mappings(spec.get("init_args")).items()}
+    return {**spec, "init_args": {**spec["init_args"], **inner}} if inner else dict(spec)
+
+
+def _mappings(arguments: Any) -> dict[str, Mapping[str, Any]]:
+    return {key: value for key, value in (arguments or {}).items() if isinstance(value, Mapping)}
 
 
 def export(run: str, to: str, format: Literal["safetensors", "onnx", "hf"] = "safetensors") -> int:
