@@ -95,7 +95,7 @@ def install_nasa(network: nn.Module) -> NASAAttnProcessor:
         raise UsageError(f"NASA: {type(network).__name__} has no cross-attention of diffusers; give one that has")
     processor = NASAAttnProcessor()
     for layer in layers:
-        layer.set_processor(processor)
+        layer.set_processor(processor)  # type: ignore[arg-type]  # diffusers names its own classes alone
     return processor
 
 

@@ -114,4 +114,4 @@ class FDistill(DMD2):
 
     def _mean(self, value: Tensor) -> Tensor:
         """The mean over processes."""
-        return self.trainer.strategy.reduce(value, reduce_op="mean")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(value, reduce_op="mean")

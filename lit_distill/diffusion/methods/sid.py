@@ -1,5 +1,6 @@
 """SiD: score identity distillation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ class SiD(ScoreDistiller):
     Args:
         student: The generator.
         teacher: The frozen denoiser.
+        steps: Times of the generator's steps; the paper's one step starts at noise 2.5.
         alpha: a.
         scale: The 100 above; it matters where gradients are clipped.
         student_times: Times at which the two scores are compared; EDM's curve up to 0.8 if None.
         fake_times: Times at which the fake score is trained; EDM's if None.
-        kwargs: See `ScoreDistiller`. The paper's generator starts at noise 2.5.
+        kwargs: See `ScoreDistiller`.
     """
 
     reference = Reference(
@@ -49,7 +51,7 @@ class SiD(ScoreDistiller):
         self,
         student: Denoiser,
         teacher: Denoiser,
-        *args: Any,
+        steps: Sequence[float] = (2.5,),
         alpha: float = 1.2,
         scale: float = 100.0,
         student_times: TimeSampler | None = None,
@@ -58,7 +60,7 @@ class SiD(ScoreDistiller):
     ) -> None:
         times = student_times if student_times is not None else Karras(0.0, 0.8)
         fake_times = fake_times if fake_times is not None else LogNormal(-1.2, 1.2)
-        super().__init__(student, teacher, *args, student_times=times, fake_times=fake_times, **kwargs)
+        super().__init__(student, teacher, steps, student_times=times, fake_times=fake_times, **kwargs)
         if scale <= 0:
             raise UsageError(f"model.scale is {scale}; give more than 0")
         self.alpha = alpha
