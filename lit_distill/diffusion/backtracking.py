@@ -34,7 +34,7 @@ class BacktrackingTarget(Denoiser):
             teacher.num_classes,
             teacher.data_std,
             teacher.time_input,
-            teacher.null,
+            teacher.no_condition,
         )
         check_least("teacher", 1, interval=interval)
         self.interval = interval
@@ -67,7 +67,7 @@ class BacktrackingTarget(Denoiser):
             self.num_classes,
             self.data_std,
             self.time_input,
-            self.null,
+            self.no_condition,
         )
         plain._null = self._null
         return plain.train(self.training)

@@ -48,7 +48,7 @@ class PhaseExperts(Denoiser):
             expert.num_classes,
             expert.data_std,
             expert.time_input,
-            expert.null,
+            expert.no_condition,
         )
         self.steps = [[float(step) for step in phase] for phase in steps]
         self.times = check_steps([step for phase in self.steps for step in phase], expert.path, "student.steps")
