@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
     from lit_distill.diffusion.methods.dmd import DMD
     from lit_distill.diffusion.methods.dmd2 import DMD2
+    from lit_distill.diffusion.methods.mdt_dist import MDTDist
+    from lit_distill.diffusion.methods.nct import NCT
     from lit_distill.diffusion.models import GaussianMixture, ResidualMLP, small_unet
     from lit_distill.diffusion.networks import diffusers_network
     from lit_distill.diffusion.paths import (
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "DMD": "methods.dmd",
     "DMD2": "methods.dmd2",
+    "MDTDist": "methods.mdt_dist",
+    "NCT": "methods.nct",
     "Denoising": "methods.denoising",
     "DiffInstruct": "methods.diff_instruct",
     "CosinePath": "paths",
@@ -61,6 +65,8 @@ __all__ = [  # noqa: RUF022 (methods first, then networks, paths, base, data)
     "DMD2",
     "Denoising",
     "DiffInstruct",
+    "MDTDist",
+    "NCT",
     "Denoiser",
     "GaussianMixture",
     "ResidualMLP",
