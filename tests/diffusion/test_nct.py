@@ -279,7 +279,7 @@ def test_mistakes_are_told(make_denoiser, options, message):
 
 def test_mistakes_of_adapters_are_told(make_denoiser):
     x, labels, control = torch.randn(2, 1, 8, 8), torch.arange(2), torch.randn(2, 1, 2, 2)
-    with pytest.raises(UsageError, match="ResidualMLP has no module 'blocks.9'"):
+    with pytest.raises(UsageError, match=r"ResidualMLP has no module 'blocks.9'"):
         BlockAdapter({"blocks.9": 16}, 4, flat=True)(make_denoiser(0), x, 2.5, labels, control)
-    with pytest.raises(UsageError, match="'blocks.0' gives 16 channels and the control has 4; said are 8 and 4"):
+    with pytest.raises(UsageError, match=r"'blocks.0' gives 16 channels and the control has 4; said are 8 and 4"):
         BlockAdapter({"blocks.0": 8}, 4, flat=True)(make_denoiser(0), x, 2.5, labels, control)

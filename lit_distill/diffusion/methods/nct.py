@@ -156,9 +156,7 @@ class NCT(DiffusionDistiller):
             return batch.condition
         return draws.integers(self.teacher.num_classes, len(batch.index)) if self.teacher.num_classes else None
 
-    def losses(
-        self, z: Tensor, eps: Tensor, level: Int[Tensor, " b"], condition: Condition
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, z: Tensor, eps: Tensor, level: Int[Tensor, " b"], condition: Condition) -> tuple[Tensor, Tensor]:
         """Returns L_con and L_bound for levels k (B,) of 0 ... N - 1."""
         made, control = self.reference_of(z, condition)
         later, earlier = (diffused_noise(z, eps, noise_level(k, levels=self.levels)) for k in (level + 1, level))
