@@ -84,17 +84,20 @@ def teachers(tmp_path_factory):
     for node in ("0001", "0002"):
         (folder / "denoiser/nodes").mkdir(exist_ok=True)
         copy(folder / "denoiser/student/model.safetensors", folder / f"denoiser/nodes/{node}.safetensors")
+    save_denoiser(folder / "wide/student", width=128)
+    save_denoiser(folder / "flow/student", path="FlowPath", prediction="u", time_input="time")
     return folder
 
 
-def save_denoiser(folder):
+def save_denoiser(folder, width=16, path="EDMPath", **options):
     """A denoiser of 8x8 digits that knows nothing."""
     spec = {
         "class_path": "lit_distill.diffusion.Denoiser",
         "init_args": {
-            "network": {"class_path": "lit_distill.diffusion.ResidualMLP", "init_args": {"width": 16}},
-            "path": {"class_path": "lit_distill.diffusion.EDMPath"},
+            "network": {"class_path": "lit_distill.diffusion.ResidualMLP", "init_args": {"width": width}},
+            "path": {"class_path": f"lit_distill.diffusion.{path}"},
             "num_classes": 10,
+            **options,
         },
     }
     save_student(instantiate(spec).state_dict(), spec, folder)
@@ -135,7 +138,7 @@ def weights_for(path):
     if path.parent.name == "dataset":
         return "digits" if small else "colors"
     if path.parent.name == "diffusion":
-        return "denoiser"
+        return {"mdt_dist": "flow", "nct": "wide"}.get(path.stem.removesuffix("_small"), "denoiser")
     if path.parent.name == "graph":
         return "nodes" if path.stem in NODES else "graph"
     return "small" if small else "large"

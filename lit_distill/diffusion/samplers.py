@@ -123,5 +123,34 @@ class Renoise(Sampler):
         return len(self.times)
 
 
+class DDIM(Sampler):
+    """The probability flow at listed times: data at once, then back on the line to the noise that they imply.
+
+    On a flow this is Euler's method with these times. The last step goes to the data.
+
+    Args:
+        times: Times, from noisy to clean. The first is where pure noise goes in.
+
+    Reference: Song, Meng, Ermon, Denoising Diffusion Implicit Models, 2020, arXiv 2010.02502.
+    """
+
+    def __init__(self, times: Sequence[float]) -> None:
+        self.times = list(times)
+
+    def __call__(
+        self, denoise: Denoise, path: GaussianPath, noise: Float[Tensor, "b *sample"], draws: Draws
+    ) -> Float[Tensor, "b *sample"]:
+        """See `Sampler`."""
+        x_t = path.start(noise, self.times[0])
+        for now, following in pairwise(self.times):
+            x0 = denoise(x_t, _times(now, noise))
+            x_t = path.add_noise(x0, path.convert(x0, x_t, now, "x0", "eps"), following)
+        return denoise(x_t, _times(self.times[-1], noise))
+
+    def evaluations(self) -> int:
+        """See `Sampler`."""
+        return len(self.times)
+
+
 def _times(t: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), t, dtype=torch.float64, device=like.device)

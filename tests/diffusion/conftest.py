@@ -1,7 +1,10 @@
 """Small denoisers of digits, and real digits to go with them."""
 
+import copy
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lit_distill.diffusion.data import GeneratorImages
@@ -36,3 +39,26 @@ def digits():
 def little():
     """An evaluation that costs nothing."""
     return GenerationEvaluation(samples=20, val_samples=20, real_samples=30)
+
+
+@pytest.fixture
+def check_resumed(trainer, digits, tmp_path):
+    """Checks that a run that stops after four of six batches, and goes on from its checkpoint, is the whole run."""
+
+    def check(build):
+        whole, half, again = (build() for _ in range(3))
+        trainer().fit(whole, datamodule=copy.deepcopy(digits))
+        keep = ModelCheckpoint(tmp_path, filename="half", save_top_k=-1, every_n_train_steps=4)
+        if not half.automatic_optimization:  # counts the steps of all optimizers
+            keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        fit = trainer(callbacks=[keep], enable_checkpointing=True, limit_train_batches=6)
+        fit.fit(half, datamodule=copy.deepcopy(digits))
+        files = {torch.load(file, weights_only=True)["iteration"]: file for file in tmp_path.glob("*.ckpt")}
+        torch.manual_seed(99)
+        trainer().fit(again, datamodule=copy.deepcopy(digits), ckpt_path=files[4], weights_only=True)
+        assert again.iteration == 6
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, whole.state_dict()[name]), name
+        return whole
+
+    return check
