@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
     def _finish(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         out = out.float()
         if self.prediction != "edm":
-            return self.path.convert(out, x_t.float(), t, self.prediction, prediction)  # type: ignore[arg-type]
+            return self.path.convert(out, x_t.float(), t, self.prediction, prediction)
         alpha, sigma, _, _ = self.path.at(t, x_t)
         variance = self.data_std**2
         spread = sigma.square() + alpha.square() * variance

@@ -91,7 +91,12 @@ class LoRA(FakeScore):
         targets = self.targets or [
             name for name, part in fake.network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
         ]
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, init_lora_weights="gaussian")
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # only divided by the rank
+            target_modules=targets,
+            init_lora_weights="gaussian",
+        )
         inject_adapter_in_model(config, fake.network)  # gradients for the adapters alone
         return fake
 

@@ -1,7 +1,7 @@
 """Small networks for small images, and a teacher in closed form."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,8 @@ class ResidualMLP(nn.Module):
 
     Reference: Peebles, Xie, Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748 (adaLN-zero).
     """
+
+    frequencies: Tensor
 
     def __init__(self, features: int = 64, num_classes: int = 10, width: int = 128, depth: int = 3) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ def small_unet(
     """
     from diffusers import UNet2DModel
 
-    return UNet2DModel(
+    network: Any = UNet2DModel(
         sample_size=image_size,
         in_channels=channels,
         out_channels=channels,
@@ -97,6 +99,7 @@ def small_unet(
         norm_num_groups=min(32, *widths) // 4,
         add_attention=False,
     )
+    return cast(nn.Module, network)
 
 
 class GaussianMixture(nn.Module):
@@ -115,6 +118,7 @@ class GaussianMixture(nn.Module):
     """
 
     means: Float[Tensor, "k d"]
+    log_shares: Float[Tensor, " k"]
 
     def __init__(self, means: Any, std: float, path: Any, weights: Any = None) -> None:
         super().__init__()

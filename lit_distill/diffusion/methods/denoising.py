@@ -62,6 +62,8 @@ class Denoising(DiffusionDistiller):
         x_t = self.path.add_noise(clean, draws.normal(clean.shape).to(clean), t)
         if isinstance(condition, Tensor) and self.label_dropout:
             hidden = draws.uniform(len(clean)) < self.label_dropout
-            condition = torch.where(hidden, self.student.null_condition(condition), condition)
+            null = self.student.null_condition(condition)
+            assert isinstance(null, Tensor)
+            condition = torch.where(hidden, null, condition)
         weight = denoising_weight(self.path, t, self.weighting, data_std=self.student.data_std)
         return self.combine({"denoise": denoising_loss(self.student(x_t, t, condition), clean, weight)})

@@ -97,6 +97,7 @@ class DMD2(ScoreDistiller):
         """The generator's side of the GAN."""
         if self.head is None:
             return {}
+        assert self.gan_weight is not None
         generated = self.logits(*self._noisy(sample.x0, draws), condition)
         real_logits = None
         if self.gan_kind == "rpgan":

@@ -1,7 +1,7 @@
 """MSD: several one-step students, each for a part of the classes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ class MSD(DMD, DMD2):
         super().build()
         count, sharded = len(self.student.network), self.device_mesh is not None
         fakes = [self.fake, *(self._fake_score.build(self.teacher, sharded=sharded) for _ in range(count - 1))]
-        heads = [self.head]
         if isinstance(self.head, Discriminator):
+            heads = [self.head]
             shape = tuple(self._data().sample_shape)
             example = self.classes_of(torch.zeros(2, dtype=torch.long, device=self.device))
             heads += [Discriminator(self._critic(), self.taps, shape, example) for _ in range(count - 1)]
@@ -139,4 +139,4 @@ class MSD(DMD, DMD2):
         if self.features == "teacher":
             return self.teacher
         fake: Any = self.fake
-        return fake.current if isinstance(fake, Turns) else fake
+        return cast(Denoiser, fake.current if isinstance(fake, Turns) else fake)

@@ -130,9 +130,8 @@ class NitroFusion(AdversarialDistiller):
         super().training_step(batch, batch_idx)
         count = due(self.iteration, self.refresh, self.pool_size)
         if count:
-            optimizers = self.optimizers()
-            assert isinstance(optimizers, list)
-            self.head.refresh(count, getattr(optimizers[1], "optimizer", optimizers[1]), self.draws("refresh"))
+            _, optimizer = self.optimizers(use_pl_optimizer=False)  # type: ignore[misc]  # there are two
+            self.head.refresh(count, optimizer, self.draws("refresh"))
 
     def student_terms(self, sample: Sample, real: Tensor, condition: Condition, draws: Draws) -> Mapping[str, Tensor]:
         """The generator's side of the GAN."""
