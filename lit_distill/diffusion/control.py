@@ -1,7 +1,7 @@
 """Controls of generators: what is extracted from samples, and adapters that bring it into a frozen network."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,10 +15,16 @@ from lit_distill.core.errors import UsageError
 from lit_distill.diffusion.denoiser import Denoiser
 from lit_distill.diffusion.networks import Condition
 
-ControlExtractor = Callable[[Tensor], Tensor]  # samples (B, ...) to controls (B, ...), such as edges or depth
+
+class ControlExtractor(ABC):
+    """Finds the control in samples, such as edges or depth."""
+
+    @abstractmethod
+    def __call__(self, samples: Float[Tensor, "b *sample"]) -> Float[Tensor, "b *control"]:
+        """Returns the controls."""
 
 
-class LowResolution:
+class LowResolution(ControlExtractor):
     """Means over squares: the control of super-resolution.
 
     Args:
@@ -33,7 +39,7 @@ class LowResolution:
         return F.adaptive_avg_pool2d(samples, self.size)
 
 
-class Decoded:
+class Decoded(ControlExtractor):
     """Another extractor, on what an autoencoder of diffusers makes of latents.
 
     Args:

@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import derived_seed
-from lit_distill.diffusion.control import Adapter, BlockAdapter, ControlNetAdapter, LowResolution
+from lit_distill.diffusion.control import (
+    Adapter,
+    BlockAdapter,
+    ControlExtractor,
+    ControlNetAdapter,
+    Decoded,
+    LowResolution,
+)
 from lit_distill.diffusion.denoiser import Denoiser
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.methods.nct import NCT, diffused_noise, noise_level, sample_distance
@@ -57,6 +64,13 @@ class Identity(nn.Module):
         return x
 
 
+class Front(ControlExtractor):
+    """The first half."""
+
+    def __call__(self, samples):
+        return samples[:, :2]
+
+
 class FirstHalf(Adapter):
     """The conditional generator in closed form: the first half is the control, the second the noise's own."""
 
@@ -82,7 +96,7 @@ def test_losses_of_linear_generators_in_closed_form(obey, share):
     generator = Denoiser(Identity(), path, "x0", time_input="time")
     z, eps = torch.randn(100_000, 4), torch.randn(100_000, 4)
     for levels in (4, 16):
-        module = NCT(FirstHalf(obey), generator, lambda x: x[:, :2], 9.0, levels=levels)
+        module = NCT(FirstHalf(obey), generator, Front(), 9.0, levels=levels)
         level = torch.arange(100_000) % levels
         consistency, bound = module.losses(z, eps, level, None)
         assert bound.item() == 0
@@ -226,6 +240,13 @@ class Embeddings(LightningDataModule):
         return self.train_dataloader()
 
 
+class Pixels(ControlExtractor):
+    """Of twice the latents' size."""
+
+    def __call__(self, samples):
+        return nn.functional.interpolate(samples.mean(1, keepdim=True), scale_factor=2)
+
+
 def test_a_controlnet_on_a_text_conditioned_generator(trainer, little):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -242,10 +263,7 @@ def test_a_controlnet_on_a_text_conditioned_generator(trainer, little):
         diffusers.ControlNetModel(conditioning_channels=1, conditioning_embedding_out_channels=(4, 8), **sizes)
     )
 
-    def extractor(x):  # twice the latents' size, as of pixels
-        return nn.functional.interpolate(x.mean(1, keepdim=True), scale_factor=2)
-
-    module = NCT(own, generator, extractor, 999.0, evaluation=little, optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
+    module = NCT(own, generator, Pixels(), 999.0, evaluation=little, optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
     before = copy.deepcopy(generator)
     trainer(limit_train_batches=1).fit(module, datamodule=Embeddings())
     assert float(module.terms["boundary"]) == 0  # zero convolutions
@@ -261,6 +279,21 @@ def test_a_controlnet_on_a_text_conditioned_generator(trainer, little):
     other = diffusers.ControlNetModel(**{**sizes, "block_out_channels": (8, 8)})
     with pytest.raises(UsageError, match="down_blocks of the ControlNet is not the generator's"):
         ControlNetAdapter(other).begin(generator)
+
+
+def test_controls_of_latents_are_those_of_decoded_images():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    latents = torch.randn(2, 4, 4, 4)
+    found = Decoded(autoencoder, LowResolution(2))(latents)
+    with torch.no_grad():
+        images = autoencoder.decode(2 * latents).sample
+    assert images.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(found, nn.functional.avg_pool2d(images, 4))
 
 
 @pytest.mark.parametrize(
