@@ -81,7 +81,7 @@ class DiffusionDistiller(Distiller):
                     f"model.{role}: its network takes {wanted} channels, the data have "
                     f"{self._data().sample_shape[0]}; give data, or an autoencoder, that it was made for"
                 )
-            if null is not None and denoiser.no_condition == "empty_prompt":
+            if null is not None and getattr(denoiser, "no_condition", None) == "empty_prompt":
                 denoiser.set_null(null)
 
     @property
