@@ -287,6 +287,13 @@ def test_graphs_of_another_form_are_refused_by_number(make_set, change, says):
         Given(change(make_set([PATH, PATH], [0, 1]))).setup()
 
 
+def test_a_class_that_is_missing_where_it_is_measured_is_named(make_set):
+    split = {"train": torch.tensor([0, 1]), "val": torch.tensor([2, 3]), "test": torch.tensor([4])}
+    with pytest.warns(UserWarning, match=r"^data: no test graph is of class 'b'.*data\.test_share") as told:
+        Given(make_set([PATH] * 5, [0, 1, 0, 1, 0]), split=split).setup()
+    assert len(told) == 1
+
+
 def test_graphs_that_make_no_data_are_refused(make_set):
     with pytest.raises(UsageError, match="classes run from 0 to 2; 0 to 1 is expected"):
         Given(make_set([PATH, PATH], [0, 2])).setup()

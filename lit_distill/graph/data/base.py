@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_distill.core.data import EpochDataModule, stratified_order
@@ -117,7 +118,17 @@ class GraphDataModule(EpochDataModule[GraphSet]):
         self.node_values = known + _values(graphs.nodes)[len(known) :]  # behind them, bins
         self.edge_values = source.edge_values or _values(graphs.edges)
         parts = {name: graphs.take(index) for name, index in split.items() if len(index)}
-        _check_training(parts["train"], self.classes)
+        if missing := _missing(parts["train"], self.classes):
+            raise UsageError(
+                f"data: no training graph is of class {missing}; take more graphs (data.train_size) or another "
+                "split_seed"
+            )
+        for name in ("val", "test"):
+            if name in parts and (missing := _missing(parts[name], self.classes)):
+                rank_zero_warn(
+                    f"data: no {name} graph is of class {missing}, which counts as 0 in means over classes; raise "
+                    f"data.{name}_share, or leave so small a class out"
+                )
         return parts
 
     def _split(self, labels: Int[Tensor, " g"]) -> dict[str, Int[Tensor, " n"]]:
@@ -230,10 +241,7 @@ def _check(given: GraphSource) -> None:
         )
 
 
-def _check_training(train: GraphSet, classes: tuple[str, ...]) -> None:
-    counts = train.labels.bincount(minlength=len(classes))
-    if (counts == 0).any():
-        missing = ", ".join(f"'{classes[number]}'" for number in (counts == 0).nonzero()[:, 0].tolist())
-        raise UsageError(
-            f"data: no training graph is of class {missing}; take more graphs (data.train_size) or another split_seed"
-        )
+def _missing(graphs: GraphSet, classes: tuple[str, ...]) -> str:
+    """Names the classes that no graph is of."""
+    counts = graphs.labels.bincount(minlength=len(classes))
+    return ", ".join(f"'{classes[number]}'" for number in (counts == 0).nonzero()[:, 0].tolist())
