@@ -156,7 +156,8 @@ def with_weights(config, weights):
         return config
     other = str(Path(weights).with_name("judge"))  # in whose features generators are judged
     given = {"weights": other if str(config.get("weights")).endswith("/classifier") else weights}
-    given["nodes"] = f"{weights}/nodes"  # of a teacher's way down to a generator
+    if isinstance(config.get("nodes"), str):  # of a teacher's way down to a generator
+        given["nodes"] = f"{weights}/nodes"
     return {key: given[key] if key in given else with_weights(value, weights) for key, value in config.items()}
 
 
