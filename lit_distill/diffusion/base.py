@@ -73,7 +73,7 @@ class DiffusionDistiller(Distiller):
         super().build()
         null = self._empty_prompt()
         for role, denoiser in (("student", self.student), ("teacher", self.teacher)):
-            if denoiser is None:
+            if not isinstance(denoiser, Denoiser):  # none, or an adapter in the student's place
                 continue
             wanted = getattr(getattr(denoiser.network, "config", None), "in_channels", None)
             if wanted is not None and wanted != self._data().sample_shape[0]:
@@ -81,7 +81,7 @@ class DiffusionDistiller(Distiller):
                     f"model.{role}: its network takes {wanted} channels, the data have "
                     f"{self._data().sample_shape[0]}; give data, or an autoencoder, that it was made for"
                 )
-            if null is not None and getattr(denoiser, "no_condition", None) == "empty_prompt":
+            if null is not None and denoiser.no_condition == "empty_prompt":
                 denoiser.set_null(null)
 
     @property
