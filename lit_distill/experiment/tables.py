@@ -16,7 +16,7 @@ MISSING = "\N{EN DASH}"
 # Words in a metric's name. Domains add theirs here, so that tables and sentences read right.
 _LOWER_IS_BETTER = frozenset({
     "loss", "nll", "ece", "mce", "brier", "error", "err", "mse", "mae", "rmse", "perplexity", "ppl", "fid", "kid", "kl",
-    "lpips", "distance", "latency", "seconds", "params", "flops", "bytes",
+    "fd", "mmd", "lpips", "distance", "latency", "seconds", "params", "flops", "bytes",
 })  # fmt: skip
 _PERCENT = frozenset({"acc", "acc1", "acc5", "top1", "top5", "accuracy", "ece", "agreement"})
 _WORDS = {"acc": "accuracy", "ece": "ECE", "nll": "NLL", "fid": "FID", "kl": "KL"}
