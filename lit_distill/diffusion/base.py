@@ -16,7 +16,7 @@ from lit_distill.core.loading import derived_seed
 from lit_distill.diffusion.denoiser import Denoiser, guided
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.evaluation import GenerationEvaluation
-from lit_distill.diffusion.networks import Condition
+from lit_distill.diffusion.networks import Condition, channels_of
 from lit_distill.diffusion.paths import GaussianPath
 from lit_distill.diffusion.samplers import Sampler
 
@@ -75,7 +75,7 @@ class DiffusionDistiller(Distiller):
         for role, denoiser in (("student", self.student), ("teacher", self.teacher)):
             if not isinstance(denoiser, Denoiser):  # none, or an adapter in the student's place
                 continue
-            wanted = getattr(getattr(denoiser.network, "config", None), "in_channels", None)
+            wanted = channels_of(denoiser.network)
             if wanted is not None and wanted != self._data().sample_shape[0]:
                 raise UsageError(
                     f"model.{role}: its network takes {wanted} channels, the data have "

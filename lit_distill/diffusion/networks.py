@@ -145,3 +145,11 @@ _CALLS: dict[str, Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]] = {
     "QwenImageTransformer2DModel": _qwen,
     "WanTransformer3DModel": _text_transformer,
 }
+
+_PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # four pixels are one token
+
+
+def channels_of(network: nn.Module) -> int | None:
+    """Returns how many channels samples must have, None where the network does not say."""
+    channels: int | None = getattr(getattr(network, "config", None), "in_channels", None)
+    return channels // 4 if channels is not None and type(network).__name__ in _PACKED else channels

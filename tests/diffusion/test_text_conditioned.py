@@ -53,7 +53,7 @@ def made(name, seed=0):
     for parameter in network.parameters():
         if parameter.ndim > 1:  # some begin at zero
             nn.init.normal_(parameter, std=0.2)
-    return Denoiser(network, path, prediction, time_input=time_input, null="zeros")
+    return Denoiser(network, path, prediction, time_input=time_input, no_condition="zeros")
 
 
 def text(name, count):
