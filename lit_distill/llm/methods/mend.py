@@ -60,6 +60,7 @@ class MEND(Distiller):
         arxiv="2403.06914",
     )
     asks_data: ClassVar[str] = "MEND asks the data module for demonstrations and queries"
+    terms_have_gradients: ClassVar[bool] = False
 
     student: SoftPromptEncoder
     teacher: CausalLM
