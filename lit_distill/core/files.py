@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lit_distill.core.errors import RunError
 
 
@@ -68,6 +70,36 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             part.replace(target)
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}; free space, or choose another") from error
+
+
+@contextmanager
+def alone(target: str | Path, waiting: str) -> Iterator[None]:
+    """Holds other processes of this machine off until the block ends, so that what two runs want is made once.
+
+    The lock is that of the operating system on a file beside `target`: a process that is killed lets go of it.
+
+    Args:
+        target: What is being made; both runs name it the same way.
+        waiting: What is printed if another process holds the lock.
+
+    Raises:
+        RunError: The folder cannot be written.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(waiting, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise RunError(f"cannot write {target.parent}: {error.strerror or error}; choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(target: str | Path, value: Any) -> None:

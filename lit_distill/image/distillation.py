@@ -1,6 +1,7 @@
 """The base of image classifier methods: labels plus a weighted list of losses against a frozen teacher."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from lit_distill.core.cache import TeacherCache, weights_fingerprint
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
+from lit_distill.core.files import alone
 from lit_distill.core.metrics import classification_metrics, reliability
 from lit_distill.core.networks import freeze
 from lit_distill.core.schedules import Schedule, value_at
@@ -320,12 +322,14 @@ class ImageDistiller(Distiller):
             )
         taps = self._teacher_taps.names
         fingerprint = {"teacher": self._teacher_hash, "data": described, "outputs": ["logits", *taps]}
-        missing = self.trainer.strategy.broadcast(not path.exists())
-        # A sharded teacher runs in all processes or in none.
-        if missing and (self.trainer.is_global_zero or self.device_mesh is not None):
-            rank_zero_info(f"teacher cache {path}: running the teacher once over the training set")
-            TeacherCache.write(path, fingerprint, self._teacher_outputs(data), size=described["samples"])
-        self.trainer.strategy.barrier()
+        waiting = f"teacher cache: waiting for another run that writes {path}"
+        with alone(path, waiting) if self.trainer.is_global_zero and not path.exists() else nullcontext():
+            missing = self.trainer.strategy.broadcast(not path.exists())
+            # A sharded teacher runs in all processes or in none.
+            if missing and (self.trainer.is_global_zero or self.device_mesh is not None):
+                rank_zero_info(f"teacher cache {path}: running the teacher once over the training set")
+                TeacherCache.write(path, fingerprint, self._teacher_outputs(data), size=described["samples"])
+            self.trainer.strategy.barrier()
         return TeacherCache.open(path, fingerprint)
 
     @torch.no_grad()

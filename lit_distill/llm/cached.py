@@ -4,6 +4,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from lit_distill.core.cache import weights_fingerprint
 from lit_distill.core.errors import RunError, UsageError, check_least
-from lit_distill.core.files import atomic_path, write_json
+from lit_distill.core.files import alone, atomic_path, write_json
 from lit_distill.llm.batch import TokenBatch, sent
 from lit_distill.llm.fused import slices
 from lit_distill.llm.signals import HiddenSignal, Signal, TopK
@@ -90,6 +91,10 @@ class TokenStore:
     def kept(self) -> Float[np.ndarray, " u"]:
         """Returns how much of the teacher's probability is kept of each unit; 0 of those that are missing."""
         return np.fromfile(self.folder / "kept.bin", dtype=np.float32)
+
+    def whole(self) -> bool:
+        """Whether all units are there; the folder may be one that cannot be written to."""
+        return (self.folder / "kept.bin").is_file() and len(kept := self.kept()) > 0 and bool(kept.all())
 
     def missing(self) -> Int[Tensor, " m"]:
         """Returns the units that are not there yet."""
@@ -236,16 +241,9 @@ class KeptTeacher(TeacherSource):
         for field in ("samples", "data"):  # they differ with all others, which tell more: last
             described[field] = described.pop(field)
         store = TokenStore(self.folder / part, {**self.described, **described}, self.units(part), self.fields())
-        strategy = module.trainer.strategy
-        if module.trainer.is_global_zero:
-            store.create()
-        strategy.barrier()
-        store.check()
-        missing = store.missing()
-        strategy.barrier()  # nobody writes before all have read what is missing
-        if len(missing):
-            self.fill(part, store, missing)
-            strategy.barrier()
+        waiting = f"teacher's outputs: waiting for another run that writes {store.folder}"
+        with alone(store.folder, waiting) if module.trainer.is_global_zero and not store.whole() else nullcontext():
+            self._complete(part, store)
         kept = torch.from_numpy(store.kept())
         mass = float((kept.double() * store.counts).sum() / store.counts.sum())
         k = self.described["k"]
@@ -258,6 +256,18 @@ class KeptTeacher(TeacherSource):
                 logger.log_metrics({f"{part}/captured_mass": mass}, step=module.trainer.global_step)
         self._stores[part] = store
         return store
+
+    def _complete(self, part: str, store: TokenStore) -> None:
+        strategy = self.module.trainer.strategy
+        if self.module.trainer.is_global_zero:
+            store.create()
+        strategy.barrier()
+        store.check()
+        missing = store.missing()
+        strategy.barrier()  # nobody writes before all have read what is missing
+        if len(missing):
+            self.fill(part, store, missing)
+            strategy.barrier()
 
 
 class CachedTeacher(KeptTeacher):

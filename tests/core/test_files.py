@@ -1,13 +1,15 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lit_distill.core.errors import RunError
-from lit_distill.core.files import atomic_folder, atomic_path, write_json, write_text
+from lit_distill.core.files import alone, atomic_folder, atomic_path, write_json, write_text
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -99,3 +101,45 @@ def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path):
     with pytest.raises(RunError, match="cannot write"):
         write_text(tmp_path / "x.txt", "x")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "x.txt"]
+
+
+HOLDS = """
+import sys, time
+from lit_distill.core.files import alone
+with alone(sys.argv[1], "waits"):
+    print("in", flush=True)
+    time.sleep(float(sys.argv[2]))
+    print("out", flush=True)
+"""
+
+
+def holder(target, seconds):
+    command = [sys.executable, "-c", HOLDS, str(target), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_waits_and_says_so(tmp_path, capsys):
+    first = holder(tmp_path / "new" / "cache", 1.0)
+    assert first.stdout.readline() == "in\n"
+    with alone(tmp_path / "new" / "cache", "waits for the other"):
+        assert first.stdout.readline() == "out\n"  # only then
+    assert first.wait() == 0
+    assert capsys.readouterr().out == "waits for the other\n"
+
+
+def test_a_process_that_is_killed_lets_go(tmp_path, capsys):
+    first = holder(tmp_path / "cache", 60)
+    assert first.stdout.readline() == "in\n"
+    first.kill()
+    first.wait()
+    with alone(tmp_path / "cache", "waits"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_a_block_that_fails_lets_go(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError), alone(tmp_path / "cache", "waits"):
+        raise ZeroDivisionError
+    with alone(tmp_path / "cache", "waits"):
+        pass
+    assert capsys.readouterr().out == ""

@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import threading
 from contextlib import nullcontext
 from functools import cache
 
@@ -12,6 +13,7 @@ from tiny_language import language_model, trainer
 from tiny_text import TEXTS, tokenizer_folder, write_lines
 
 from lit_distill.core.errors import RunError, UsageError
+from lit_distill.core.files import alone
 from lit_distill.llm import cached
 from lit_distill.llm.cached import CachedTeacher
 from lit_distill.llm.data import TextDataModule
@@ -249,6 +251,26 @@ def test_interrupted_writing_goes_on_and_computes_no_row_twice(text, tmp_path):
     assert len(counted.rows) == rows
     counted.hook.remove()
     assert again == resumed == pytest.approx(fit(tmp_path, text(), network, None)[0], rel=1e-6)
+
+
+def test_of_two_runs_that_want_the_same_the_second_waits_and_runs_no_teacher(text, tmp_path):
+    counted = []
+
+    def run(seed):
+        network = teacher()
+        counted.append(Counted(network))
+        fit(tmp_path / str(seed), text(), network, CachedTeacher(tmp_path / "kept"))
+
+    with alone(tmp_path / "kept" / "train", "waits"):  # a first run that is at it
+        second = threading.Thread(target=run, args=(0,))
+        second.start()
+        second.join(3)
+        assert second.is_alive()
+        assert not counted[0].rows
+    second.join(60)
+    run(1)
+    assert len(counted[0].rows) == len(text().part("train").rows.scored)
+    assert not counted[1].rows
 
 
 def test_a_row_counts_only_after_its_values_are_there(text, tmp_path, monkeypatch):
