@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -271,6 +272,14 @@ def test_the_step_size_stays_positive(fitted):
         module = fitted(iterations=iterations, step_size_lr=1e4)
         assert float(module.step_size) >= 1e-6 * (1 - 1e-6)
     assert any(float(fitted(iterations=n, step_size_lr=1e4).step_size) < 0.1 for n in (1, 2, 3))
+
+
+def test_a_step_size_at_its_least_is_told(fitted):
+    with pytest.warns(UserWarning, match=r"model.step_size fell to its least, 1e-06.*lower model.step_size_lr"):
+        assert any(float(fitted(iterations=n, step_size_lr=1e4).step_size) < 0.1 for n in (1, 2, 3))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="model.step_size")
+        fitted(step_size_lr=1e-5)
 
 
 def test_the_set_has_the_step_size_and_students_are_trained_at_it(fitted, trainer, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError, check_least
@@ -110,6 +111,15 @@ class TrajectoryMatching(DatasetSynthesizer):
         """Takes the step, and keeps alpha positive."""
         super().optimizer_step(*args, **kwargs)
         self.step_size.data.clamp_(min=LEAST_STEP)
+
+    def on_fit_end(self) -> None:
+        """As the base does; tells of a step size at which no student learns."""
+        if float(self.step_size) <= 2 * LEAST_STEP:
+            rank_zero_warn(
+                f"model.step_size fell to its least, {LEAST_STEP:g}, at which students do not learn; lower "
+                f"model.step_size_lr ({self.step_size_lr:g})"
+            )
+        super().on_fit_end()
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
