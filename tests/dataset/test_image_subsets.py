@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from lit_distill.core.coresets import k_means
 from lit_distill.core.errors import UsageError
@@ -152,3 +153,55 @@ def test_mistakes(digits, small_net, tmp_path):
     grouped = digits(label_groups=[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]])
     with pytest.raises(UsageError, match=r"10 classes, data\.source 2"):
         DistilledImages(str(tmp_path), grouped).setup()
+
+
+def test_a_library_transform_has_each_image_alone_and_follows_the_seed(digits):
+    crop = v2.RandomCrop(8, padding=3)
+    data = RandomSubset(digits(), per_class=3, transform=crop, seed=0)
+    data.setup()
+
+    def batch(epoch):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return next(iter(loader))
+
+    before = torch.random.get_rng_state()
+    first, again, later = batch(0), batch(0), batch(1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images[first.index.argsort()], later.images[later.index.argsort()])
+    # Each is one of the 7 x 7 crops of its own image, and there are several among them.
+    mean, std = data.source.normalize.mean[0], data.source.normalize.std[0]
+    padded = torch.nn.functional.pad(data.distilled.pixels(), (3, 3, 3, 3)).float()
+    corners = set()
+    for image, index in zip((first.images * std + mean) * 255, first.index, strict=True):
+        crops = {(i, j): padded[index, :, i : i + 8, j : j + 8] for i in range(7) for j in range(7)}
+        found = [place for place, crop in crops.items() if torch.allclose(crop, image, atol=1e-3)]
+        assert found
+        corners.add(found[0])
+    assert len(corners) > 5
+
+
+def test_without_chance_a_library_transform_is_what_it_says(digits):
+    data = RandomSubset(digits(), per_class=3, transform=v2.RandomInvert(p=1.0), seed=0)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch.images, data.source.normalize(255 - data.distilled.pixels()[batch.index]))
+    test = next(iter(data.test_dataloader()))
+    assert torch.equal(test.images, data.source.normalize(data.source.part("test").images[test.index]))
+
+
+@pytest.mark.parametrize(
+    ("transform", "made"),
+    [(v2.Resize(4), r"torch.uint8 of \(1, 4, 4\)"), (v2.ToDtype(torch.float32), "torch.float32 of")],
+)
+def test_a_transform_that_changes_shape_or_type_is_refused(digits, transform, made):
+    data = RandomSubset(digits(), per_class=3, transform=transform, seed=0)
+    data.setup()
+    with pytest.raises(UsageError, match=rf"data\.transform: {type(transform).__name__} makes {made}"):
+        next(iter(data.train_dataloader()))
+
+
+def test_two_augmentations_are_refused(digits):
+    with pytest.raises(UsageError, match=r"data\.operations is 'scale', and there is data\.transform"):
+        RandomSubset(digits(), operations="scale", transform=v2.AutoAugment())

@@ -4,11 +4,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.loading import EpochLoader, TensorLoader
+from lit_distill.dataset.augment import ByteAugment
 from lit_distill.dataset.siamese import SiameseAugment
 from lit_distill.dataset.synthetic import PICTURE, SyntheticSet, check_classes
+from lit_distill.image.augment import Normalize
 from lit_distill.image.data import ImageBatch, ImageDataModule
 
 
@@ -24,6 +27,9 @@ class ReplacedImages(ImageDataModule[Any]):
         seed: Seed of data order and augmentation. None takes the run's seed.
         operations: How training images are augmented, see `SiameseAugment`; here each image has numbers of its own.
         soft_labels: Serve the set's soft labels, as `ImageBatch.targets`, where it has some.
+        soft_labels: Serve the set's soft labels, as `ImageBatch.targets`, where it has some.
+        transform: A transform of torchvision in place of `operations`, given each training image as bytes, (c, h, w):
+            `torchvision.transforms.v2.AutoAugment`, `RandAugment`, or a `Compose` of several.
 
     Attributes:
         distilled: The set, after `setup`.
@@ -39,10 +45,14 @@ class ReplacedImages(ImageDataModule[Any]):
         seed: int | None = None,
         operations: str = "none",
         soft_labels: bool = True,
+        transform: nn.Module | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, eval_batch_size=source.eval_batch_size)
         self.source = source
         self.augmentation = SiameseAugment(operations)
+        if transform is not None and self.augmentation.random:
+            raise UsageError(f"data.operations is {operations!r}, and there is data.transform; leave one of them out")
+        self.transform = transform
         self.soft_labels = soft_labels
         self.panels: dict[str, Any] = {}
 
@@ -87,7 +97,12 @@ class ReplacedImages(ImageDataModule[Any]):
         tensors = {"images": distilled.network_images(), "labels": distilled.labels}
         if distilled.soft_labels is not None and self.soft_labels:
             tensors["targets"] = distilled.soft_labels
-        transforms = {"images": self.augmentation} if training and self.augmentation.random else {}
+        transforms: dict[str, Any] = {}
+        if training and self.transform is not None:
+            tensors["images"] = distilled.pixels()
+            transforms["images"] = ByteAugment(self.transform, Normalize(distilled.mean, distilled.std))
+        elif training and self.augmentation.random:
+            transforms["images"] = self.augmentation
         sampling = {**sampling, "batch_size": min(sampling["batch_size"], len(distilled))}
         return TensorLoader(tensors, make_batch=ImageBatch, transforms=transforms, device=device, **sampling)
 
