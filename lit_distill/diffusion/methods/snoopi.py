@@ -44,7 +44,7 @@ class SNOOPI(SwiftBrush):
 
     reference = Reference(
         title="SNOOPI: Supercharged One-step Diffusion Distillation with Proper Guidance",
-        authors="Nguyen, Nguyen, Dao, Nguyen, Tran, Tran",
+        authors="Nguyen, Nguyen, Dao, Nguyen, Pham, Tran, Tran",
         year=2024,
         arxiv="2412.02687",
         reconstruction=True,
