@@ -138,12 +138,12 @@ class WandbRun(WandbLogger):
     def _open(self) -> Any:
         import wandb
 
-        offline = not os.environ.get("WANDB_MODE") and wandb.setup().settings.mode == "online" and not has_key()
+        # Said outright: once W&B's library is at work in a process, it no longer looks at the variable.
+        mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+        offline = mode == "online" and not os.environ.get("WANDB_MODE") and not has_key()
         if self.folder is not None:
             self._wandb_init["id"] = self._id = _run_id(self.folder / ID_FILE)
-        run = wandb.init(
-            **{**self._wandb_init, "reinit": "finish_previous"}, **({"mode": "offline"} if offline else {})
-        )
+        run = wandb.init(**{**self._wandb_init, "reinit": "finish_previous", "mode": "offline" if offline else mode})
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
         if run.disabled:
