@@ -75,12 +75,15 @@ def _dispatch(command: str, words: list[str]) -> int:
         from lit_distill.experiment.compare import compare
 
         parser.description = "Compare finished runs: mean and spread over seeds, paired difference to a baseline."
-        parser.add_argument("dirs", nargs="+", metavar="DIR", help="run folders, or folders that hold run folders")
+        parser.add_argument("dirs", nargs="*", metavar="DIR", help="run folders, or folders that hold run folders")
         parser.add_argument("--metric", default="test/acc", help="the metric compared (default: %(default)s)")
         parser.add_argument("--baseline", help="stage the others are compared with (default: the stage 'baseline')")
         parser.add_argument("--html", metavar="FILE", help="write the dashboard, one self-contained page")
         parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON")
         parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+        parser.add_argument(
+            "--wandb", metavar="ENTITY/PROJECT", help="compare the runs of this W&B project too, and write a report there"
+        )
         return compare(**vars(parser.parse_args(words)))
     if command == "export":
         from lit_distill.experiment.export import export

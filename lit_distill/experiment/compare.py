@@ -429,6 +429,7 @@ def compare(
     html: str | None = None,
     json: str | None = None,
     markdown: str | None = None,
+    wandb: str | None = None,
 ) -> int:
     """Compares the runs below the given folders: a table in the terminal, and files where asked for.
 
@@ -439,6 +440,7 @@ def compare(
         html: Where to write the dashboard, one self-contained page.
         json: Where to write the numbers.
         markdown: Where to write the table as Markdown.
+        wandb: ENTITY/PROJECT at W&B, whose runs are compared too, and which gets a report.
 
     Returns:
         Exit status 0.
@@ -451,6 +453,14 @@ def compare(
 
     from lit_distill.experiment import tables
 
+    left_out: list[str] = []
+    if wandb is not None:
+        from lit_distill.experiment.wandb_runs import mirror
+
+        place, left_out = mirror(wandb)
+        dirs = [*dirs, str(place)]
+    elif not dirs:
+        raise UsageError("compare: no runs are named; give folders that hold runs, or --wandb ENTITY/PROJECT")
     runs = find_runs(dirs)
     if not runs:
         raise UsageError(f"no runs under {_listed(map(str, dirs))}; a run is a folder with config.yaml or summary.json")
@@ -466,7 +476,7 @@ def compare(
         console.print(Text(line, style="bold"), soft_wrap=True)
     if len(told) > MOST_SENTENCES:
         console.print(Text(f"and {len(told) - MOST_SENTENCES} more in the table"))
-    for note in comparison.notes:
+    for note in (*comparison.notes, *left_out):
         console.print(Text(f"note: {note}"), soft_wrap=True)
     for run in runs:
         if not run.finished:
@@ -480,4 +490,9 @@ def compare(
 
         write_dashboard(comparison, html)
         console.print(Text(f"dashboard: {html}"), soft_wrap=True)
+    if wandb is not None:
+        from lit_distill.experiment.wandb_report import write_report
+
+        report = write_report(comparison, wandb, tables.markdown_table(comparison))
+        console.print(Text(f"report: {report}"), soft_wrap=True)
     return 0

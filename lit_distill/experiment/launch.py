@@ -34,7 +34,9 @@ from lit_distill.experiment.confighash import config_hash, first_difference
 from lit_distill.experiment.export import save_student
 from lit_distill.experiment.logger import METRICS_FILE, RunLogger
 from lit_distill.experiment.resume_point import ResumePoint
+from lit_distill.experiment.secrets import refuse_secrets
 from lit_distill.experiment.summary import SUMMARY_FILE, write_summary
+from lit_distill.experiment.wandb_run import ID_FILE, WandbRun
 
 CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -81,6 +83,7 @@ class DistillCLI(LightningCLI):
     """
 
     config_sha: str = ""
+    config_text: str = ""
     folder: Path
 
     def __init__(self, args: list[str]) -> None:
@@ -138,10 +141,12 @@ class DistillCLI(LightningCLI):
             torch.set_num_threads(run.threads)
         _keep_freed_memory()
         text = self._parser(self.subcommand).dump(config, skip_none=False)
+        refuse_secrets(yaml.safe_load(text))
         self.config_sha = config_hash(text)
         if run.name is None:
             run.name = f"{_last(config.model.class_path).lower()}-{self.config_sha[:8]}"
             text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self.config_text = text
         self.folder = Path(run.root) / run.experiment / run.name
         if self.subcommand == "fit":
             self._open_folder(config, text)
@@ -198,7 +203,7 @@ class DistillCLI(LightningCLI):
         config = dict(self._get(self.config_init, "trainer", default={}))
         fitting = self.subcommand == "fit"
         config["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
-        config["logger"] = self._loggers(config.get("logger")) if fitting else config.get("logger") or False
+        config["logger"] = self._loggers(config.get("logger")) if fitting else _without_wandb(config.get("logger"))
         if not _is_sharding(config.get("strategy")):
             config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         self.efficiency = Efficiency()
@@ -222,6 +227,31 @@ class DistillCLI(LightningCLI):
         if any(isinstance(entry, TensorBoardLogger) for entry in others):
             others.sort(key=lambda entry: isinstance(entry, TensorBoardLogger))
         return [RunLogger(run.root, name=run.experiment, version=run.name), *others]
+
+    def before_fit(self) -> None:
+        """Tells W&B, where it is asked for, what run this is; and lets the loggers count batches as the method does."""
+        for logger in self._wandb_runs():
+            logger.describe(self.folder, yaml.safe_load(self.config_text))
+            logger.watch_best(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it late
+        model = self.model
+        if self.trainer.accumulate_grad_batches > 1 and isinstance(model, Distiller):
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger | WandbRun):
+                    logger.counter = lambda: model.iteration  # Lightning counts the batches that end with a step
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs, and ends the run at W&B as it went."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            for logger in self._wandb_runs():
+                logger.close(failed=True)
+            raise
+        for logger in self._wandb_runs():
+            logger.close(failed=self.trainer.interrupted)
+
+    def _wandb_runs(self) -> list[WandbRun]:
+        return [logger for logger in self.trainer.loggers if isinstance(logger, WandbRun)]
 
     # ---- after the run ---------------------------------------------------------------------------------------------
 
@@ -285,9 +315,9 @@ def _clear(folder: Path) -> None:
     The summary goes first and config.yaml stays until a new one replaces it: at no moment are there checkpoints
     beside a configuration that they are not of.
     """
-    for path in (folder / SUMMARY_FILE, folder / METRICS_FILE, *folder.glob("*.safetensors")):
+    for path in (folder / SUMMARY_FILE, folder / METRICS_FILE, folder / ID_FILE, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
-    for name in ("student", LAST_CHECKPOINT.parent):
+    for name in ("student", LAST_CHECKPOINT.parent, "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -376,6 +406,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def _without_wandb(logger: Any) -> Any:
+    """The loggers of a validation or a test: the run at W&B is that of fit."""
+    return [entry for entry in _as_list(logger) if entry and not isinstance(entry, WandbRun)] or False
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class RunLogger(CSVLogger):
         self, save_dir: str, name: str = "default", version: str = "run", flush_logs_every_n_steps: int = 100
     ) -> None:
         super().__init__(save_dir, name=name, version=version, flush_logs_every_n_steps=flush_logs_every_n_steps)
+        self.counter: Callable[[], int] | None = None  # in place of the step that is passed
         self._rows: dict[int, dict[str, Any]] | None = None
         self._unsaved = 0
 
@@ -52,6 +53,7 @@ class RunLogger(CSVLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Adds metrics to the row of an iteration."""
         rows = self._load()
+        step = step if self.counter is None else self.counter()
         row = rows.setdefault(step if step is not None else len(rows), {})
         row.update({key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()})
         self._unsaved += 1

@@ -79,6 +79,8 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f"{error.filename}: {error.strerror}; check the path and its permissions", 2
     if name == "OutOfMemoryError":
         return "the device is out of memory; lower data.batch_size, or shard with --trainer.strategy fsdp2", 1
+    if type(error).__module__.startswith("wandb."):
+        return f"W&B: {_one_line(text)}; WANDB_MODE=offline keeps the run on this machine, to be uploaded later", 1
     if name == "MisconfigurationException" or type(error).__module__.startswith("omegaconf"):
         return _one_line(text), 2
     return f"{name}: {_one_line(text)} (run again with --debug for the traceback)", 1
