@@ -11,20 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from lit_distill.experiment.compare import compare_runs
-from lit_distill.experiment.dashboard import (
-    CURVE_POINTS,
-    LARGEST_PICTURE,
-    MOST_DRAWN,
-    MOST_LABELLED,
-    Look,
-    drawn_groups,
-    mean_curve,
-    panel_figures,
-    reliability_panel,
-    robustness_panel,
-    without_secrets,
-    write_dashboard,
-)
+from lit_distill.experiment.dashboard import Look, write_dashboard
+from lit_distill.experiment.dashboard.configs import without_secrets
+from lit_distill.experiment.dashboard.cost import MOST_LABELLED
+from lit_distill.experiment.dashboard.curves import CURVE_POINTS, mean_curve
+from lit_distill.experiment.dashboard.figure import MOST_DRAWN, drawn_groups
+from lit_distill.experiment.dashboard.panels import LARGEST_PICTURE, panel_figures, reliability_panel, robustness_panel
 from lit_distill.experiment.runs import find_runs
 
 LOOK = Look("c1", "circle", "solid")
