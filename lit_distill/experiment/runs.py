@@ -4,21 +4,32 @@ A run is a folder `runs/<experiment>/<name>/` with `config.yaml` from the start,
 `summary.json` at the end. The summary is written atomically, so its absence means that the run has not finished.
 """
 
+import contextlib
 import csv
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.files import write_json
 
 SCHEMA = 1
+PLAN_FILE = "recipe.json"
+LARGEST_SUMMARY = 50_000_000  # bytes; larger files are no summaries, and would fill the memory
+LARGEST_TEXT = 100_000_000
 
 FINISHED = "finished"
 UNFINISHED = "unfinished"
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 _Kind = type | tuple[type, ...]
 _REQUIRED: dict[str, _Kind] = {"method": str, "data": str, "networks": dict, "seed": int, "metrics": dict}
@@ -27,6 +38,7 @@ _OPTIONAL: dict[str, _Kind] = {
     "name": str,
     "stage": str,
     "domain": str,
+    "metric": str,
     "efficiency": dict,
     "panels": dict,
     "versions": dict,
@@ -98,6 +110,11 @@ class Run:
         return self._get("started") or ""
 
     @property
+    def metric(self) -> str:
+        """The figure that tells most about this run, by its own word; empty where the summary names none."""
+        return self._get("metric") or ""
+
+    @property
     def networks(self) -> dict[str, dict[str, Any]]:
         """Role -> `{"class_path": ..., "params": ...}`, without roles that the method leaves empty."""
         return {role: network for role, network in (self._get("networks") or {}).items() if network}
@@ -112,6 +129,10 @@ class Run:
 
         Values may be infinite or NaN where a run diverged.
         """
+        return self._figures
+
+    @cached_property
+    def _figures(self) -> dict[str, float]:
         if self.summary is None:
             return {}
         numbers = dict(self.summary["metrics"])
@@ -123,6 +144,20 @@ class Run:
 
     def _get(self, key: str) -> Any:
         return None if self.summary is None else self.summary.get(key)
+
+    def state(self) -> str:
+        """The status in words; of an unfinished run also when something was last written, to tell going from dead."""
+        if self.status != UNFINISHED:
+            return self.status
+        times = []
+        for name in ("metrics.csv", "config.yaml"):
+            with contextlib.suppress(OSError):
+                times.append((self.path / name).stat().st_mtime)
+        if not times:
+            return self.status
+        with contextlib.suppress(OverflowError, ValueError, OSError):
+            return f"{self.status} (last written {datetime.fromtimestamp(max(times)):%Y-%m-%d %H:%M})"
+        return self.status
 
     def config_text(self) -> str:
         """The resolved configuration as YAML text; empty where the file is missing or unreadable."""
@@ -158,6 +193,36 @@ class Run:
         return history
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe says of the comparison of its runs.
+
+    Attributes:
+        metric: The figure to compare, empty if it says nothing.
+        baselines: Stages to compare with.
+    """
+
+    metric: str = ""
+    baselines: tuple[str, ...] = ()
+
+
+def write_plan(folder: Path, metric: str | None, baselines: Iterable[str]) -> None:
+    """Leaves a recipe's words on comparison beside its runs, so that they hold in any later comparison."""
+    write_json(folder / PLAN_FILE, {"metric": metric, "baselines": list(baselines)})
+
+
+def read_plan(folder: Path) -> Plan:
+    """Reads the words of a recipe. Never raises: what is missing or malformed says nothing."""
+    content = _json_or_none(folder / PLAN_FILE)
+    if not isinstance(content, dict):
+        return Plan()
+    metric, baselines = content.get("metric"), content.get("baselines")
+    return Plan(
+        metric if isinstance(metric, str) else "",
+        tuple(name for name in baselines if isinstance(name, str)) if isinstance(baselines, list) else (),
+    )
+
+
 def find_runs(dirs: Iterable[str | Path]) -> list[Run]:
     """Finds the run folders in and below the given folders, sorted by path, each once.
 
@@ -186,23 +251,52 @@ def read_run(folder: str | Path) -> Run:
     """Reads one run folder. Never raises: what is wrong stands in the status."""
     path = Path(folder)
     try:
-        with (path / "summary.json").open(encoding="utf-8") as file:
-            summary = json.load(file)
+        summary = _json(path / "summary.json")
     except FileNotFoundError:
         return Run(path, UNFINISHED)
     except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "truncated or not JSON"
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "truncated or not JSON"
         return Run(path, f"broken: summary.json cannot be read ({why})")
+    schema = summary.get("schema") if isinstance(summary, dict) else None
+    if type(schema) is int and schema != SCHEMA:  # a boolean is an int too
+        age = "an older" if schema < SCHEMA else "a newer"
+        return Run(path, f"of {age} version: summary.json has schema {_short(schema)}, this version reads {SCHEMA}")
     wrong = _what_is_wrong(summary)
     return Run(path, f"broken: {wrong}") if wrong else Run(path, FINISHED, summary)
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file, in which every text can be written again.
+
+    Raises:
+        OSError: It is missing, no file (a pipe would block), too large, or may not be read.
+        ValueError: It is no JSON.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError("it is no file")
+    if facts.st_size > LARGEST_SUMMARY:
+        raise OSError(f"it is larger than {LARGEST_SUMMARY} bytes")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    if _HALF_PAIR.search(text):  # "\\ud83d" alone is JSON, but no text that can be encoded
+        content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+    return content
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return _json(path)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _what_is_wrong(summary: Any) -> str:
     """The first fault of a summary in words, empty if there is none."""
     if not isinstance(summary, dict):
         return "summary.json holds no mapping"
-    if summary.get("schema") != SCHEMA:
-        return f"summary.json has schema {summary.get('schema')!r}, this version reads {SCHEMA}"
+    if type(summary.get("schema")) is not int:
+        return f"summary.json: schema is {_short(summary.get('schema'))}, not a whole number"
     for key, kind in _REQUIRED.items():
         if not isinstance(summary.get(key), kind) or isinstance(summary.get(key), bool):
             return f"summary.json: {key} is {_short(summary.get(key))}, not {_kind_name(kind)}"
@@ -248,6 +342,9 @@ def _number(cell: str) -> float | None:
 
 def _text_or_empty(path: Path) -> str:
     try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > LARGEST_TEXT:
+            return ""
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lit_distill.experiment.compare import Comparison, Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_label, axis_title, plain
-from lit_distill.experiment.tables import lower_is_better, metric_name, scaled, show
+from lit_distill.experiment.words import lower_is_better, metric_name, scaled, show
 
 MOST_LABELLED = 12  # more labels than this do not fit beside the points of a plot
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from lit_distill.experiment.compare import Comparison, Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_title, plain
-from lit_distill.experiment.tables import metric_name, scaled
+from lit_distill.experiment.words import metric_name, scaled
 
 CURVE_POINTS = 200  # about the width of a plot in steps that the eye can tell apart
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_distill.experiment.compare import Comparison, Group
-from lit_distill.experiment.tables import is_percent, lower_is_better, metric_name
+from lit_distill.experiment.words import is_percent, lower_is_better, metric_name
 
 Spec = dict[str, Any]
 

@@ -18,7 +18,8 @@ from lit_distill.experiment.dashboard.figure import Figure, Look, clean, drawn_g
 from lit_distill.experiment.dashboard.panels import PANELS, panel_figures
 from lit_distill.experiment.dashboard.rows import difference_plot, dot_plot
 from lit_distill.experiment.runs import FINISHED, UNFINISHED, Run
-from lit_distill.experiment.tables import MISSING, Column, columns, is_marked, metric_name, sentences, show, show_plain
+from lit_distill.experiment.tables import Column, columns, is_marked, sentences
+from lit_distill.experiment.words import MISSING, metric_name, show, show_plain
 
 
 def write_dashboard(comparison: Comparison, path: str | Path, extra: Sequence[Figure] = ()) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_distill.experiment.compare import Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec
-from lit_distill.experiment.tables import show
+from lit_distill.experiment.words import show
 
 PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 LARGEST_PICTURE = 2_000_000  # bytes; the page holds it

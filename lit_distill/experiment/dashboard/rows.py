@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from lit_distill.experiment.compare import Comparison, Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_label, axis_title, plain
-from lit_distill.experiment.tables import is_percent, lower_is_better, metric_name, scaled, show
+from lit_distill.experiment.words import is_percent, lower_is_better, metric_name, scaled, show
 
 
 def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
