@@ -20,6 +20,7 @@ from typing import Any
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import write_json
+from lit_distill.experiment.redact import without_secrets
 
 SCHEMA = 1
 PLAN_FILE = "recipe.json"
@@ -30,6 +31,8 @@ FINISHED = "finished"
 UNFINISHED = "unfinished"
 
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+History = dict[str, tuple[list[int], list[float]]]
 
 _Kind = type | tuple[type, ...]
 _REQUIRED: dict[str, _Kind] = {"method": str, "data": str, "networks": dict, "seed": int, "metrics": dict}
@@ -82,22 +85,25 @@ class Run:
     @property
     def stage(self) -> str:
         """The stage of the recipe, or the method's class name for a run outside recipes."""
-        return self._get("stage") or self.method.rpartition(".")[2]
+        return self._get("stage") or (self.method.rpartition(".")[2] if self.finished else "")
 
     @property
     def method(self) -> str:
-        """Class path of the method, empty while unfinished."""
-        return self._get("method") or ""
+        """Class path of the method; by the configuration while unfinished."""
+        return self._get("method") or self._configured("model")
 
     @property
     def domain(self) -> str:
-        """The domain (`image`, `graph`, ...), empty while unfinished."""
-        return self._get("domain") or ""
+        """The domain (`image`, `graph`, ...)."""
+        if self.finished:
+            return self._get("domain") or ""
+        package, _, rest = self.method.partition(".")
+        return rest.partition(".")[0] if package == "lit_distill" else ""
 
     @property
     def data(self) -> str:
-        """Class path of the data module, empty while unfinished."""
-        return self._get("data") or ""
+        """Class path of the data module; by the configuration while unfinished."""
+        return self._get("data") or self._configured("data")
 
     @property
     def seed(self) -> int:
@@ -145,6 +151,13 @@ class Run:
     def _get(self, key: str) -> Any:
         return None if self.summary is None else self.summary.get(key)
 
+    def _configured(self, section: str) -> str:
+        """The class that a section of the configuration names, for a run that has no summary."""
+        if self.finished:
+            return ""
+        found = re.search(rf"^{section}:\n +class_path: *([\w.]+)", self.config_text(), re.M)
+        return found[1] if found else ""
+
     def state(self) -> str:
         """The status in words; of an unfinished run also when something was last written, to tell going from dead."""
         if self.status != UNFINISHED:
@@ -160,33 +173,42 @@ class Run:
         return self.status
 
     def config_text(self) -> str:
-        """The resolved configuration as YAML text; empty where the file is missing or unreadable."""
-        return _text_or_empty(self.path / "config.yaml")
+        """The resolved configuration as YAML text without secrets; empty where the file is missing or unreadable."""
+        return self._config_text
 
-    def history(self) -> dict[str, tuple[list[int], list[float]]]:
+    @cached_property
+    def _config_text(self) -> str:
+        return without_secrets(_text_or_empty(self.path / "config.yaml"))
+
+    def history(self) -> History:
         """Reads metrics.csv: metric -> (steps, values), sorted by step.
 
         A resumed run logs some steps again: the last value wins. A last line without its line end was cut off in the
         middle and is left out, since half of a number still reads as a number. Cells that are no number are left out.
         """
         text = _text_or_empty(self.path / "metrics.csv")
-        lines = text[: text.rfind("\n") + 1].replace("\0", "").splitlines()
-        table = csv.reader(lines)
-        header = next(table, [])
+        table = csv.reader(text[: text.rfind("\n") + 1].replace("\0", "").splitlines())
+        try:
+            header = next(table, [])
+        except csv.Error:  # a cell of more than 100 kB is none of ours
+            return {}
         if "step" not in header:
             return {}
         step_column = header.index("step")
-        columns = [(index, key) for index, key in enumerate(header) if key and key not in ("step", "epoch")]
-        values: dict[str, dict[int, float]] = {key: {} for _, key in columns}
-        for row in table:
-            step = _number(row[step_column]) if step_column < len(row) else None
-            if step is None or not math.isfinite(step):
-                continue
-            for index, key in columns:
-                if index < len(row) and (value := _number(row[index])) is not None:
-                    values[key][int(step)] = value
-        history = {}
-        for key, points in values.items():
+        columns: list[dict[int, float] | None] = [
+            {} if key and key not in ("step", "epoch") else None for key in header
+        ]
+        with contextlib.suppress(csv.Error):
+            for row in table:
+                step = _number(row[step_column]) if step_column < len(row) else None
+                if step is None or not math.isfinite(step):
+                    continue
+                at = int(step)
+                for cell, column in zip(row, columns, strict=False):
+                    if cell and column is not None and (value := _number(cell)) is not None:
+                        column[at] = value
+        history: History = {}
+        for key, points in zip(header, columns, strict=True):
             if points:
                 steps = sorted(points)
                 history[key] = (steps, [points[step] for step in steps])

@@ -208,6 +208,13 @@ def ranking(comparison: Comparison) -> list[Group]:
     )
 
 
+def short_labels(comparison: Comparison) -> dict[str, str]:
+    """Label of each row -> the label without its experiment, where all rows of the section have the same."""
+    stems = {group.label: group.label.partition(f"/{group.stage}")[0] for group in comparison.groups}
+    is_common = len(set(stems.values())) == 1 and not any(label == stem for label, stem in stems.items())
+    return {label: label[len(stem) + 1 :] if is_common else label for label, stem in stems.items()}
+
+
 def shortened(comparison: Comparison, most: int) -> list[Group]:
     """The rows, or if they are more, the baselines and the best ones, in their order."""
     if len(comparison.groups) <= most:
@@ -257,7 +264,7 @@ def terminal_table(comparison: Comparison) -> "Table":
     title = f"{metric_name(comparison.metric)} by stage"
     table = Table(title=encodable(f"{comparison.title}: {title}" if comparison.title else title), title_justify="left")
     rows = shortened(comparison, MOST_ROWS)
-    kept = {group.label for group in rows}
+    kept, names = {group.label for group in rows}, short_labels(comparison)
     places = [index for index, group in enumerate(comparison.groups) if group.label in kept]
     shown = columns(comparison)
     table.add_column("stage", overflow="fold", min_width=min(40, max(len(group.label) for group in rows)))
@@ -272,7 +279,7 @@ def terminal_table(comparison: Comparison) -> "Table":
             else Text(encodable(column.cells[index]))
             for column in shown
         ]
-        table.add_row(Text(encodable(group.label)), Text(encodable(group.method.rpartition(".")[2])), *cells)
+        table.add_row(Text(encodable(names[group.label])), Text(encodable(group.method.rpartition(".")[2])), *cells)
     captions = []
     if any(is_marked(group, column) for group in rows for column in shown):
         captions.append("* more than two standard errors")

@@ -29,6 +29,7 @@ def test_a_run_without_summary_is_unfinished_and_has_a_name(write_run):
     run = read_run(folder)
     assert (run.status, run.finished, run.summary) == ("unfinished", False, None)
     assert (run.experiment, run.name, run.stage, run.figures(), run.networks) == ("quick", "kd-s0", "", {}, {})
+    assert (run.domain, run.method, run.data) == ("image", "lit_distill.image.KD", "lit_distill.image.Digits")
 
 
 @pytest.mark.parametrize(

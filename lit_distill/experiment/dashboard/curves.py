@@ -1,22 +1,34 @@
-"""Learning curves: mean over seeds against the step."""
+"""Learning curves: mean over seeds against the step, and those of single runs for the page to draw."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lit_distill.experiment.compare import Comparison, Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_title, plain
+from lit_distill.experiment.runs import History, Run
 from lit_distill.experiment.words import metric_name, scaled
 
 CURVE_POINTS = 200  # about the width of a plot in steps that the eye can tell apart
+MOST_POINTS = 150_000  # of all single runs together; about 1 MB of the page
+MOST_METRICS = 6  # of single runs
 
 
-def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
+def learning_curves(
+    comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look], read: Callable[[Run], History]
+) -> Figure | None:
     """Mean over seeds against the step, with one standard deviation as a band; one specification for each metric."""
-    histories = {group.label: [run.history() for run in group.runs] for group in groups}
+    histories = {group.label: [read(run) for run in group.runs] for group in groups}
     keys = {key for history in histories.values() for run in history for key in run}
+    longest = {
+        key: max(len(run[key][0]) for history in histories.values() for run in history if key in run) for key in keys
+    }
     like_metric = "val/" + comparison.metric.rpartition("/")[2]
     chosen = sorted(
         (key for key in keys if key.partition("/")[0] in ("val", "train")),
-        key=lambda key: (key != like_metric, not key.startswith("val/"), key),
+        # A single point is no curve: metrics that have no more come last.
+        key=lambda key: (longest[key] == 1, key != like_metric, not key.startswith("val/"), key),
     )
     specs: dict[str, Spec] = {}
     rows = []
@@ -64,6 +76,7 @@ def learning_curves(comparison: Comparison, groups: Sequence[Group], looks: Mapp
         ("metric", "stage", "last step", "last mean"),
         rows,
         height=420,
+        kind="curves",
     )
 
 
@@ -113,3 +126,50 @@ def _band(group: Group, look: Look, steps: list[int], mean: list[float], reach: 
         "meta": group.label,
         "hoverinfo": "skip",
     }
+
+
+def run_curves(runs: Sequence[Run], metrics: Sequence[str], read: Callable[[Run], History]) -> dict[str, Any]:
+    """Learning curves of all single runs, thinned so that a thousand of them fit into the page.
+
+    Args:
+        runs: All runs.
+        metrics: Metrics of the comparison, whose validation curves come first.
+        read: Gives a run's history.
+
+    Returns:
+        `metrics`, their titles and factors to the unit shown; `steps`, every different sequence of steps; `runs`, for
+        each run the index of its steps and its values, by index of the metric.
+    """
+    histories = [read(run) for run in runs]
+    known = Counter(key for history in histories for key in history if key.partition("/")[0] in ("val", "train"))
+    first = {f"val/{metric.rpartition('/')[2]}" for metric in metrics}
+    keys = sorted(
+        known, key=lambda key: (key not in first, key != "train/loss", not key.startswith("val/"), -known[key])
+    )
+    keys = keys[:MOST_METRICS]
+    curves = sum(known[key] for key in keys)
+    most = max(12, min(CURVE_POINTS, MOST_POINTS // max(curves, 1)))
+    steps: dict[tuple[int, ...], int] = {}
+    of_runs = []
+    for history in histories:
+        of_run = {}
+        for number, key in enumerate(keys):
+            if key in history:
+                at, values = thinned(*history[key], most)
+                place = steps.setdefault(tuple(at), len(steps))
+                of_run[number] = [place, [_short(scaled(key, value)) for value in values]]
+        of_runs.append(of_run)
+    return {"metrics": keys, "titles": [axis_title(key) for key in keys], "steps": list(steps), "runs": of_runs}
+
+
+def thinned(steps: Sequence[int], values: Sequence[float], most: int) -> tuple[Sequence[int], Sequence[float]]:
+    """At most so many points of a curve, evenly chosen, its ends among them."""
+    n = len(steps)
+    if n <= most:
+        return steps, values
+    kept = [round(i * (n - 1) / (most - 1)) for i in range(most)]
+    return [steps[i] for i in kept], [values[i] for i in kept]
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_distill.experiment.compare import Comparison, Group
+from lit_distill.experiment.tables import short_labels, shortened
 from lit_distill.experiment.words import is_percent, lower_is_better, metric_name
 
 Spec = dict[str, Any]
@@ -20,11 +21,12 @@ _COLOURS = 7
 
 @dataclass(frozen=True)
 class Look:
-    """How a row is drawn, the same in every figure: colour name, marker, dash."""
+    """How a row is drawn and called, the same in every figure of a section: colour name, marker, dash, name."""
 
     colour: str
     symbol: str
     dash: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Figure:
         height: Height in pixels.
         image: A picture as a `data:` address, in place of specifications.
         row: The row that the figure is about, if it is about a single one.
-        kind: The kind of panel, for panels.
+        kind: The kind of panel, for panels; of other figures a name for the style sheet.
+        choice: What the names of the specifications are.
     """
 
     id: str
@@ -56,35 +59,29 @@ class Figure:
     image: str = ""
     row: str = ""
     kind: str = ""
+    choice: str = "metric"
 
 
 def drawn_groups(comparison: Comparison) -> list[Group]:
     """The rows that figures show: all if they are few, else the baseline and the best in the metric."""
-    if len(comparison.groups) <= MOST_DRAWN:
-        return list(comparison.groups)
-    sign = -1 if lower_is_better(comparison.metric) else 1
-
-    def rank(group: Group) -> tuple[bool, float]:
-        stat = group.stats.get(comparison.metric)
-        return comparison.is_baseline(group), -math.inf if stat is None else sign * stat.mean
-
-    kept = {group.label for group in sorted(comparison.groups, key=rank, reverse=True)[:MOST_DRAWN]}
-    return [group for group in comparison.groups if group.label in kept]
+    return shortened(comparison, MOST_DRAWN)
 
 
 def looks_of(comparison: Comparison) -> dict[str, Look]:
     """The baseline is neutral, other rows take colours in turn; markers and dashes differ too, for print."""
     looks = {}
+    names = short_labels(comparison)
     coloured = 0
     for group in comparison.groups:
         if comparison.is_baseline(group):
-            looks[group.label] = Look("neutral", "circle", "dot")
+            looks[group.label] = Look("neutral", "circle", "dot", names[group.label])
             continue
         coloured += 1
         looks[group.label] = Look(
             f"c{(coloured - 1) % _COLOURS + 1}",
             _SYMBOLS[coloured % len(_SYMBOLS)],
             _DASHES[(coloured - 1) % len(_DASHES)],
+            names[group.label],
         )
     return looks
 

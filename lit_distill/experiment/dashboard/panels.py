@@ -14,6 +14,8 @@ from lit_distill.experiment.words import show
 
 PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 LARGEST_PICTURE = 2_000_000  # bytes; the page holds it
+MOST_PICTURES = 16_000_000  # bytes of all of them in the page's text
+LONGEST_TEXT = 4000  # characters of one generated text
 
 
 def reliability_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
@@ -78,7 +80,7 @@ def reliability_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure
     shown = show("test/ece", stat) if stat is not None else f"{100 * ece:.1f}"
     return Figure(
         "",
-        f"{group.label}: ECE {shown} %",
+        f"{look.name or group.label}: ECE {shown} %",
         f"{len(panels)} seed{'s' if len(panels) != 1 else ''}, {total.sum():,.0f} samples",
         f"Reliability diagram. Expected calibration error {shown} percent",
         {"": {"data": data, "layout": layout}},
@@ -124,7 +126,7 @@ def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
     attacked, rescaled = (curve.mean(axis=0) for curve in curves.values())
     return Figure(
         "",
-        f"{group.label}: {100 * attacked[-1]:.1f} % at {epsilon[-1]:g}, rescaled {100 * rescaled[-1]:.1f} %",
+        f"{look.name or group.label}: {100 * attacked[-1]:.1f} % at {epsilon[-1]:g}, rescaled {100 * rescaled[-1]:.1f} %",
         f"{len(panels)} seed{'s' if len(panels) != 1 else ''}; solid: FGSM, dotted: FGSM on rescaled logits",
         f"Accuracy under FGSM falls from {100 * attacked[0]:.1f} percent to {100 * attacked[-1]:.1f} percent at size "
         f"{epsilon[-1]:g}; with rescaled logits to {100 * rescaled[-1]:.1f} percent",
@@ -162,7 +164,7 @@ def picture_panel(group: Group, panels: Sequence[Any], look: Look, kind: str = "
     rows = [tuple(str(cell) for cell in row) for row in panel["rows"]]
     return Figure(
         "",
-        f"{group.label}: {panel['title']}",
+        f"{look.name or group.label}: {panel['title']}",
         f"As in the run {run.name}, whose folder has it as {file}.",
         str(panel["summary"]),
         {},
@@ -179,14 +181,18 @@ def text_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
     head = [str(name) for name in rows[0]]
     return Figure(
         "",
-        f"{group.label}: continuations",
+        f"{look.name or group.label}: continuations",
         f"As the networks of the run {run.name} wrote them.",
         f"{len(rows)} prompts",
         {},
         tuple(head),
-        [tuple(str(row[name]) for name in head) for row in rows],
+        [tuple(_cut(str(row[name])) for name in head) for row in rows],
         row=group.label,
     )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} …"
 
 
 @dataclass(frozen=True)
@@ -224,8 +230,17 @@ PANELS = {
 }
 
 
-def panel_figures(groups: Sequence[Group], looks: Mapping[str, Look]) -> tuple[list[Figure], list[str]]:
-    """All panels of the drawn rows, and notes on what could not be shown."""
+def panel_figures(
+    groups: Sequence[Group], looks: Mapping[str, Look], most: int = MOST_PICTURES
+) -> tuple[list[Figure], list[str]]:
+    """All panels of the drawn rows, and notes on what could not be shown.
+
+    Args:
+        groups: The drawn rows.
+        looks: How they are drawn.
+        most: Bytes that all pictures together may take.
+    """
+    spent = left_out = 0
     figures: list[Figure] = []
     notes: list[str] = []
     unknown: set[str] = set()
@@ -239,9 +254,16 @@ def panel_figures(groups: Sequence[Group], looks: Mapping[str, Look]) -> tuple[l
                 drawn = known.draw(
                     group, [run.panels[kind] for run in group.runs if kind in run.panels], looks[group.label]
                 )
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 notes.append(f"{group.label}: panel {kind!r} is left out, its data are malformed ({error})")
                 continue
+            spent += len(drawn.image)
+            if drawn.image and spent > most:
+                left_out += 1
+                spent -= len(drawn.image)
+                continue
             figures.append(Figure(**{**vars(drawn), "id": f"panel-{len(figures)}", "kind": kind}))
+    if left_out:
+        notes.append(f"{left_out} pictures are left out to keep the page small; they lie in the folders of their runs")
     notes += [f"panel {kind!r} is left out: this version cannot draw it" for kind in sorted(unknown)]
     return figures, notes

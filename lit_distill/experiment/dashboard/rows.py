@@ -32,7 +32,7 @@ def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str
         data.append(
             _mean_and_reach(group, place, look, scaled(metric, stat.mean), scaled(metric, 2 * (stat.se or 0.0)))
         )
-    layout = _rows_layout(shown, axis_title(metric))
+    layout = _rows_layout(shown, looks, axis_title(metric))
     return Figure(
         "dots",
         f"{metric_name(metric).capitalize()} of every run",
@@ -45,7 +45,8 @@ def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str
             for group in shown
             for seed, value in group.values(metric).items()
         ],
-        height=_rows_height(groups),
+        height=_rows_height(shown),
+        kind="dots",
     )
 
 
@@ -75,7 +76,7 @@ def difference_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapp
         data.append(_mean_and_reach(group, place, look, scaled(metric, difference.mean), reach))
     unit = "percentage points" if is_percent(metric) else metric_name(metric)
     direction = "below zero is better" if lower_is_better(metric) else "above zero is better"
-    layout = _rows_layout(shown, f"difference in {unit}")
+    layout = _rows_layout(shown, looks, f"difference in {unit}")
     ends = [0.0] + [
         scaled(metric, value)
         for group in shown
@@ -107,7 +108,8 @@ def difference_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapp
             if group.difference is not None
             for seed, value in group.difference.per_seed.items()
         ],
-        height=_rows_height(groups),
+        height=_rows_height(shown),
+        kind="differences",
     )
 
 
@@ -129,12 +131,12 @@ def _mean_and_reach(group: Group, place: int, look: Look, mean: float, reach: fl
     }
 
 
-def _rows_layout(groups: Sequence[Group], title: str) -> Spec:
+def _rows_layout(groups: Sequence[Group], looks: Mapping[str, Look], title: str) -> Spec:
     return {
         "xaxis": {"title": {"text": title}},
         "yaxis": {
             "tickvals": list(range(len(groups))),
-            "ticktext": [axis_label(group.label) for group in groups],
+            "ticktext": [axis_label(looks[group.label].name) for group in groups],
             "range": [len(groups) - 0.5, -0.5],
             "showgrid": False,
             "zeroline": False,
