@@ -72,9 +72,10 @@ class Group:
 
 # The section that names the run, and lines with a comment, a seed, a place, or how the run is watched.
 _RUN_SECTION = re.compile(r"^run:.*\n?(?:(?:[ \t#].*)?\n)*(?:[ \t].*)?", re.M)
-_IGNORED_LINE = re.compile(
-    r"\s*(?:#|(?:- )?(?:seed|seed_everything|default_root_dir|save_dir|dirpath|ckpt_path|weights_only"
-    r"|enable_progress_bar|enable_model_summary|log_every_n_steps):)"
+_IGNORED_LINES = re.compile(
+    r"^[ \t]*(?:#|(?:- )?(?:seed|seed_everything|default_root_dir|save_dir|dirpath|ckpt_path|weights_only"
+    r"|enable_progress_bar|enable_model_summary|log_every_n_steps):).*\n?",
+    re.M,
 )
 
 
@@ -91,7 +92,7 @@ def config_without_seed(run: Run) -> tuple[str, ...]:
     if "-s" in text:
         folder, end = _seeds_in_paths(run.path.parent.name)
         text = end.sub(r"\1*", folder.sub(r"\1*", text))
-    return tuple(line for line in text.splitlines() if line.strip() and not _IGNORED_LINE.match(line))
+    return tuple(filter(str.strip, _IGNORED_LINES.sub("", text).splitlines()))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ A run is a folder `runs/<experiment>/<name>/` with `config.yaml` from the start,
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
@@ -194,24 +195,26 @@ class Run:
             return {}
         if "step" not in header:
             return {}
-        step_column = header.index("step")
-        columns: list[dict[int, float] | None] = [
-            {} if key and key not in ("step", "epoch") else None for key in header
-        ]
+        rows: list[list[str]] = []
         with contextlib.suppress(csv.Error):
-            for row in table:
-                step = _number(row[step_column]) if step_column < len(row) else None
-                if step is None or not math.isfinite(step):
-                    continue
-                at = int(step)
-                for cell, column in zip(row, columns, strict=False):
-                    if cell and column is not None and (value := _number(cell)) is not None:
-                        column[at] = value
+            rows.extend(table)  # until the first such cell
+        columns = list(itertools.zip_longest(*rows, fillvalue=""))
+        if header.index("step") >= len(columns):
+            return {}
+        steps = [_step(cell) for cell in columns[header.index("step")]]
         history: History = {}
-        for key, points in zip(header, columns, strict=True):
+        for key, column in zip(header, columns, strict=False):
+            if not key or key in ("step", "epoch"):
+                continue
+            # Later rows overwrite earlier ones of the same step.
+            points = {
+                step: value
+                for step, cell in zip(steps, column, strict=True)
+                if cell and step is not None and (value := _number(cell)) is not None
+            }
             if points:
-                steps = sorted(points)
-                history[key] = (steps, [points[step] for step in steps])
+                at = sorted(points)
+                history[key] = (at, [points[step] for step in at])
         return history
 
 
@@ -360,6 +363,11 @@ def _number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return None
+
+
+def _step(cell: str) -> int | None:
+    step = _number(cell)
+    return int(step) if step is not None and math.isfinite(step) else None
 
 
 def _text_or_empty(path: Path) -> str:

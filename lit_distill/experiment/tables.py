@@ -24,7 +24,7 @@ from lit_distill.experiment.words import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-MOST_ROWS = 60  # more rows are no longer read in a terminal
+MOST_ROWS = 40  # more rows are no longer read in a terminal
 MOST_LINES = 20
 
 

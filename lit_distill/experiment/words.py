@@ -1,5 +1,6 @@
 """Metrics and numbers in words: which are good when low, which read as percentages, how many digits they deserve."""
 
+import functools
 import math
 import re
 
@@ -19,11 +20,13 @@ _WORDS = {
 }  # fmt: skip
 
 
+@functools.cache
 def lower_is_better(metric: str) -> bool:
     """Whether a small value of this metric is a good one, judged by the words of its name."""
     return bool(_LOWER_IS_BETTER & set(re.split(r"[^a-z0-9]+", metric.lower())))
 
 
+@functools.cache
 def is_percent(metric: str) -> bool:
     """Whether the metric is a fraction that reads better as a percentage."""
     return bool(_PERCENT & set(re.split(r"[^a-z0-9]+", metric.lower())))

@@ -151,13 +151,14 @@ def run_curves(runs: Sequence[Run], metrics: Sequence[str], read: Callable[[Run]
     most = max(12, min(CURVE_POINTS, MOST_POINTS // max(curves, 1)))
     steps: dict[tuple[int, ...], int] = {}
     of_runs = []
+    factors = [scaled(key, 1.0) for key in keys]
     for history in histories:
         of_run = {}
         for number, key in enumerate(keys):
             if key in history:
                 at, values = thinned(*history[key], most)
                 place = steps.setdefault(tuple(at), len(steps))
-                of_run[number] = [place, [_short(scaled(key, value)) for value in values]]
+                of_run[number] = [place, [_short(factors[number] * value) for value in values]]
         of_runs.append(of_run)
     return {"metrics": keys, "titles": [axis_title(key) for key in keys], "steps": list(steps), "runs": of_runs}
 

@@ -105,10 +105,13 @@ def axis_label(label: str, longest: int = 22) -> str:
 
 def clean(value: Any) -> Any:
     """The value for JSON: floats with six digits, None for what JSON cannot write."""
-    if isinstance(value, float):
+    kind = type(value)
+    if kind is float:
         return float(f"{value:.6g}") if math.isfinite(value) else None
+    if kind is str or kind is int:
+        return value
     if isinstance(value, Mapping):
         return {key: clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
-    return value
+    return clean(float(value)) if isinstance(value, float) else value

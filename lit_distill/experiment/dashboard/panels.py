@@ -124,9 +124,10 @@ def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
             }
         )
     attacked, rescaled = (curve.mean(axis=0) for curve in curves.values())
+    worst = f"{100 * attacked[-1]:.1f} % at {epsilon[-1]:g}, rescaled {100 * rescaled[-1]:.1f} %"
     return Figure(
         "",
-        f"{look.name or group.label}: {100 * attacked[-1]:.1f} % at {epsilon[-1]:g}, rescaled {100 * rescaled[-1]:.1f} %",
+        f"{look.name or group.label}: {worst}",
         f"{len(panels)} seed{'s' if len(panels) != 1 else ''}; solid: FGSM, dotted: FGSM on rescaled logits",
         f"Accuracy under FGSM falls from {100 * attacked[0]:.1f} percent to {100 * attacked[-1]:.1f} percent at size "
         f"{epsilon[-1]:g}; with rescaled logits to {100 * rescaled[-1]:.1f} percent",

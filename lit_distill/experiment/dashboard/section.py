@@ -58,6 +58,7 @@ def section_parts(
     ]
     panels, more = panel_figures(drawn, looks, MOST_PICTURES // sections)
     panels = [replace(panel, id=prefix + panel.id) for panel in panels]
+    shown = {group.label: looks[group.label] for group in drawn}
     section = {
         "id": prefix,
         "title": part.title,
@@ -66,10 +67,7 @@ def section_parts(
         "columns": table,
         "rows": [_row(part, index, table, looks, place, winner) for index in range(len(part.groups))],
         "all_metrics": _all_metrics(drawn),
-        "legend": [
-            (group.label, looks[group.label].name, looks[group.label].colour, _ICONS[looks[group.label].symbol])
-            for group in drawn
-        ],
+        "legend": [(label, look.name, look.colour, _ICONS[look.symbol]) for label, look in shown.items()],
         "figures": figures,
         "panels": [
             (kind, known, of_kind)

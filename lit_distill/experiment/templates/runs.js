@@ -70,6 +70,7 @@ if (form) {
   form.hidden = false;
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", filter);
+  form.addEventListener("change", filter); // some browsers send only this one for a choice
   form.addEventListener("reset", () => setTimeout(filter));
   if ([...form.elements].some((field) => field.value)) filter(); // a reload keeps the words in some browsers
 }
