@@ -76,13 +76,21 @@ def _dispatch(command: str, words: list[str]) -> int:
 
         parser.description = "Compare finished runs: mean and spread over seeds, paired difference to a baseline."
         parser.add_argument("dirs", nargs="*", metavar="DIR", help="run folders, or folders that hold run folders")
-        parser.add_argument("--metric", default="test/acc", help="the metric compared (default: %(default)s)")
-        parser.add_argument("--baseline", help="stage the others are compared with (default: the stage 'baseline')")
+        parser.add_argument("--metric", help="the metric compared (default: the one the runs of each data set name)")
+        parser.add_argument(
+            "--baseline",
+            action="append",
+            metavar="STAGE",
+            help="stage the others are compared with, or experiment/stage; once for each data set (default: the "
+            "recipe's, or the stage 'baseline')",
+        )
         parser.add_argument("--html", metavar="FILE", help="write the dashboard, one self-contained page")
         parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON")
+        parser.add_argument("--csv", metavar="FILE", help="write the numbers as CSV")
         parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+        parser.add_argument("--latex", metavar="FILE", help="write the table as LaTeX, for the package booktabs")
         parser.add_argument(
-            "--wandb", metavar="ENTITY/PROJECT", help="compare the runs of this W&B project too, and write a report there"
+            "--wandb", metavar="ENTITY/PROJECT", help="compare the runs of this W&B project too, and report there"
         )
         return compare(**vars(parser.parse_args(words)))
     if command == "export":

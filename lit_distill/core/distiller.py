@@ -49,6 +49,7 @@ class Distiller(LightningModule):
     reference: ClassVar[Reference | None] = None
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     product: ClassVar[str] = "student"
+    headline: ClassVar[str] = "test/acc"  # the figure that tells most, by which comparisons go unless told otherwise
     label_terms: ClassVar[frozenset[str]] = frozenset({"ce"})
     terms_have_gradients: ClassVar[bool] = True  # or they are numbers, and `TeacherCheck` cannot ask them
     asks_data: ClassVar[str] = "methods ask the data module for num_classes"

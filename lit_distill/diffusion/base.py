@@ -41,6 +41,7 @@ class DiffusionDistiller(Distiller):
         kwargs: See `Distiller`.
     """
 
+    headline: ClassVar[str] = "test/fd"
     asks_data: ClassVar[str] = "diffusion methods ask the data module for real samples"
     terms_have_gradients: ClassVar[bool] = False
     label_terms: ClassVar[frozenset[str]] = frozenset()

@@ -25,6 +25,7 @@ import yaml
 
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.experiment.methods import PACKAGE, config_root
+from lit_distill.experiment.runs import write_plan
 
 _REFERENCE = re.compile(r"\$\{stage:([^}]+)\}")
 _RECIPE_KEYS = {"experiment", "configs", "seeds", "threads", "stages", "compare"}
@@ -96,13 +97,18 @@ class Recipe:
         experiment: Folder of its runs, inside the root.
         threads: CPU threads of each run.
         stages: In the order in which they can run.
-        compare: `metric`, `baseline` and `html` of the comparison at the end.
+        compare: `metric`, `baseline` (one or a list) and `html` of the comparison at the end.
     """
 
     experiment: str
     threads: int
     stages: tuple[Stage, ...]
-    compare: Mapping[str, str]
+    compare: Mapping[str, Any]
+
+    @property
+    def baselines(self) -> list[str]:
+        """Stages that others are compared with."""
+        return _list(self.compare.get("baseline"), "compare.baseline", f"recipe {self.experiment}")
 
     def jobs(self, root: Path, seeds: int | None = None, only: Sequence[str] | None = None) -> list[Job]:
         """Lists the runs in an order in which they can run.
@@ -183,11 +189,11 @@ def read_recipe(file: str) -> Recipe:
             raise UsageError(
                 f"recipe {file}: stage '{stage.name}' refers to '{need}', which is no stage; there are {known}"
             )
-    baseline = compare.get("baseline")
-    if baseline is not None and baseline not in stages:
-        raise UsageError(
-            f"recipe {file}: compare.baseline is '{baseline}', which is no stage; there are {', '.join(stages)}"
-        )
+    for baseline in _list(compare.get("baseline"), "compare.baseline", f"recipe {file}"):
+        if baseline not in stages:
+            raise UsageError(
+                f"recipe {file}: compare.baseline is '{baseline}', which is no stage; there are {', '.join(stages)}"
+            )
     return Recipe(content.get("experiment", path.stem), threads, tuple(_in_order(stages, file)), compare)
 
 
@@ -210,6 +216,8 @@ def run_recipe(
         for job in todo:
             print(shlex.join(["lit-distill", *job.command()]) + ("  # finished" if job.finished else ""))
         return 0
+    if plan.compare:
+        write_plan(Path(root) / plan.experiment, plan.compare.get("metric"), plan.baselines)
     gpus = _gpus()
     failed = _run_all(todo, jobs or len(gpus) or max(1, (os.cpu_count() or 1) // plan.threads), gpus)
     if failed:
@@ -220,8 +228,7 @@ def run_recipe(
 
         folder = Path(root) / plan.experiment
         html = plan.compare.get("html")
-        metric = plan.compare.get("metric", "test/acc")
-        compare([str(folder)], metric, plan.compare.get("baseline"), html=str(folder / html) if html else None)
+        compare([str(folder)], html=str(folder / html) if html else None)
     return 0
 
 
@@ -403,7 +410,7 @@ def _list(value: Any, key: str, where: str) -> list[str]:
         return [value]
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return value
-    raise UsageError(f"{where}: {key} is {value!r}; give a list of files")
+    raise UsageError(f"{where}: {key} is {value!r}; give a list of names")
 
 
 def _known(content: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -4,21 +4,36 @@ A run is a folder `runs/<experiment>/<name>/` with `config.yaml` from the start,
 `summary.json` at the end. The summary is written atomically, so its absence means that the run has not finished.
 """
 
+import contextlib
 import csv
+import itertools
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lit_distill.core.errors import UsageError
+from lit_distill.core.files import write_json
+from lit_distill.experiment.redact import without_secrets
 
 SCHEMA = 1
+PLAN_FILE = "recipe.json"
+LARGEST_SUMMARY = 50_000_000  # bytes; larger files are no summaries, and would fill the memory
+LARGEST_TEXT = 100_000_000
 
 FINISHED = "finished"
 UNFINISHED = "unfinished"
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+History = dict[str, tuple[list[int], list[float]]]
 
 _Kind = type | tuple[type, ...]
 _REQUIRED: dict[str, _Kind] = {"method": str, "data": str, "networks": dict, "seed": int, "metrics": dict}
@@ -27,6 +42,7 @@ _OPTIONAL: dict[str, _Kind] = {
     "name": str,
     "stage": str,
     "domain": str,
+    "metric": str,
     "efficiency": dict,
     "panels": dict,
     "versions": dict,
@@ -70,22 +86,25 @@ class Run:
     @property
     def stage(self) -> str:
         """The stage of the recipe, or the method's class name for a run outside recipes."""
-        return self._get("stage") or self.method.rpartition(".")[2]
+        return self._get("stage") or (self.method.rpartition(".")[2] if self.finished else "")
 
     @property
     def method(self) -> str:
-        """Class path of the method, empty while unfinished."""
-        return self._get("method") or ""
+        """Class path of the method; by the configuration while unfinished."""
+        return self._get("method") or self._configured("model")
 
     @property
     def domain(self) -> str:
-        """The domain (`image`, `graph`, ...), empty while unfinished."""
-        return self._get("domain") or ""
+        """The domain (`image`, `graph`, ...)."""
+        if self.finished:
+            return self._get("domain") or ""
+        package, _, rest = self.method.partition(".")
+        return rest.partition(".")[0] if package == "lit_distill" else ""
 
     @property
     def data(self) -> str:
-        """Class path of the data module, empty while unfinished."""
-        return self._get("data") or ""
+        """Class path of the data module; by the configuration while unfinished."""
+        return self._get("data") or self._configured("data")
 
     @property
     def seed(self) -> int:
@@ -96,6 +115,11 @@ class Run:
     def started(self) -> str:
         """Start time in ISO format, empty while unfinished."""
         return self._get("started") or ""
+
+    @property
+    def metric(self) -> str:
+        """The figure that tells most about this run, by its own word; empty where the summary names none."""
+        return self._get("metric") or ""
 
     @property
     def networks(self) -> dict[str, dict[str, Any]]:
@@ -112,6 +136,10 @@ class Run:
 
         Values may be infinite or NaN where a run diverged.
         """
+        return self._figures
+
+    @cached_property
+    def _figures(self) -> dict[str, float]:
         if self.summary is None:
             return {}
         numbers = dict(self.summary["metrics"])
@@ -124,38 +152,100 @@ class Run:
     def _get(self, key: str) -> Any:
         return None if self.summary is None else self.summary.get(key)
 
-    def config_text(self) -> str:
-        """The resolved configuration as YAML text; empty where the file is missing or unreadable."""
-        return _text_or_empty(self.path / "config.yaml")
+    def _configured(self, section: str) -> str:
+        """The class that a section of the configuration names, for a run that has no summary."""
+        if self.finished:
+            return ""
+        found = re.search(rf"^{section}:\n +class_path: *([\w.]+)", self.config_text(), re.M)
+        return found[1] if found else ""
 
-    def history(self) -> dict[str, tuple[list[int], list[float]]]:
+    def state(self) -> str:
+        """The status in words; of an unfinished run also when something was last written, to tell going from dead."""
+        if self.status != UNFINISHED:
+            return self.status
+        times = []
+        for name in ("metrics.csv", "config.yaml"):
+            with contextlib.suppress(OSError):
+                times.append((self.path / name).stat().st_mtime)
+        if not times:
+            return self.status
+        with contextlib.suppress(OverflowError, ValueError, OSError):
+            return f"{self.status} (last written {datetime.fromtimestamp(max(times)):%Y-%m-%d %H:%M})"
+        return self.status
+
+    def config_text(self) -> str:
+        """The resolved configuration as YAML text without secrets; empty where the file is missing or unreadable."""
+        return self._config_text
+
+    @cached_property
+    def _config_text(self) -> str:
+        return without_secrets(_text_or_empty(self.path / "config.yaml"))
+
+    def history(self) -> History:
         """Reads metrics.csv: metric -> (steps, values), sorted by step.
 
         A resumed run logs some steps again: the last value wins. A last line without its line end was cut off in the
         middle and is left out, since half of a number still reads as a number. Cells that are no number are left out.
         """
         text = _text_or_empty(self.path / "metrics.csv")
-        lines = text[: text.rfind("\n") + 1].replace("\0", "").splitlines()
-        table = csv.reader(lines)
-        header = next(table, [])
+        table = csv.reader(text[: text.rfind("\n") + 1].replace("\0", "").splitlines())
+        try:
+            header = next(table, [])
+        except csv.Error:  # a cell of more than 100 kB is none of ours
+            return {}
         if "step" not in header:
             return {}
-        step_column = header.index("step")
-        columns = [(index, key) for index, key in enumerate(header) if key and key not in ("step", "epoch")]
-        values: dict[str, dict[int, float]] = {key: {} for _, key in columns}
-        for row in table:
-            step = _number(row[step_column]) if step_column < len(row) else None
-            if step is None or not math.isfinite(step):
+        rows: list[list[str]] = []
+        with contextlib.suppress(csv.Error):
+            rows.extend(table)  # until the first such cell
+        columns = list(itertools.zip_longest(*rows, fillvalue=""))
+        if header.index("step") >= len(columns):
+            return {}
+        steps = [_step(cell) for cell in columns[header.index("step")]]
+        history: History = {}
+        for key, column in zip(header, columns, strict=False):
+            if not key or key in ("step", "epoch"):
                 continue
-            for index, key in columns:
-                if index < len(row) and (value := _number(row[index])) is not None:
-                    values[key][int(step)] = value
-        history = {}
-        for key, points in values.items():
+            # Later rows overwrite earlier ones of the same step.
+            points = {
+                step: value
+                for step, cell in zip(steps, column, strict=True)
+                if cell and step is not None and (value := _number(cell)) is not None
+            }
             if points:
-                steps = sorted(points)
-                history[key] = (steps, [points[step] for step in steps])
+                at = sorted(points)
+                history[key] = (at, [points[step] for step in at])
         return history
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe says of the comparison of its runs.
+
+    Attributes:
+        metric: The figure to compare, empty if it says nothing.
+        baselines: Stages to compare with.
+    """
+
+    metric: str = ""
+    baselines: tuple[str, ...] = ()
+
+
+def write_plan(folder: Path, metric: str | None, baselines: Iterable[str]) -> None:
+    """Leaves a recipe's words on comparison beside its runs, so that they hold in any later comparison."""
+    write_json(folder / PLAN_FILE, {"metric": metric, "baselines": list(baselines)})
+
+
+def read_plan(folder: Path) -> Plan:
+    """Reads the words of a recipe. Never raises: what is missing or malformed says nothing."""
+    content = _json_or_none(folder / PLAN_FILE)
+    if not isinstance(content, dict):
+        return Plan()
+    metric, baselines = content.get("metric"), content.get("baselines")
+    return Plan(
+        metric if isinstance(metric, str) else "",
+        tuple(name for name in baselines if isinstance(name, str)) if isinstance(baselines, list) else (),
+    )
 
 
 def find_runs(dirs: Iterable[str | Path]) -> list[Run]:
@@ -186,23 +276,52 @@ def read_run(folder: str | Path) -> Run:
     """Reads one run folder. Never raises: what is wrong stands in the status."""
     path = Path(folder)
     try:
-        with (path / "summary.json").open(encoding="utf-8") as file:
-            summary = json.load(file)
+        summary = _json(path / "summary.json")
     except FileNotFoundError:
         return Run(path, UNFINISHED)
     except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "truncated or not JSON"
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "truncated or not JSON"
         return Run(path, f"broken: summary.json cannot be read ({why})")
+    schema = summary.get("schema") if isinstance(summary, dict) else None
+    if type(schema) is int and schema != SCHEMA:  # a boolean is an int too
+        age = "an older" if schema < SCHEMA else "a newer"
+        return Run(path, f"of {age} version: summary.json has schema {_short(schema)}, this version reads {SCHEMA}")
     wrong = _what_is_wrong(summary)
     return Run(path, f"broken: {wrong}") if wrong else Run(path, FINISHED, summary)
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file, in which every text can be written again.
+
+    Raises:
+        OSError: It is missing, no file (a pipe would block), too large, or may not be read.
+        ValueError: It is no JSON.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError("it is no file")
+    if facts.st_size > LARGEST_SUMMARY:
+        raise OSError(f"it is larger than {LARGEST_SUMMARY} bytes")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    if _HALF_PAIR.search(text):  # "\\ud83d" alone is JSON, but no text that can be encoded
+        content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+    return content
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return _json(path)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _what_is_wrong(summary: Any) -> str:
     """The first fault of a summary in words, empty if there is none."""
     if not isinstance(summary, dict):
         return "summary.json holds no mapping"
-    if summary.get("schema") != SCHEMA:
-        return f"summary.json has schema {summary.get('schema')!r}, this version reads {SCHEMA}"
+    if type(summary.get("schema")) is not int:
+        return f"summary.json: schema is {_short(summary.get('schema'))}, not a whole number"
     for key, kind in _REQUIRED.items():
         if not isinstance(summary.get(key), kind) or isinstance(summary.get(key), bool):
             return f"summary.json: {key} is {_short(summary.get(key))}, not {_kind_name(kind)}"
@@ -246,8 +365,16 @@ def _number(cell: str) -> float | None:
         return None
 
 
+def _step(cell: str) -> int | None:
+    step = _number(cell)
+    return int(step) if step is not None and math.isfinite(step) else None
+
+
 def _text_or_empty(path: Path) -> str:
     try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > LARGEST_TEXT:
+            return ""
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

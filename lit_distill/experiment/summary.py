@@ -60,6 +60,7 @@ def write_summary(
             "networks": {role: _network(config, model, role) for role in ("student", "teacher")},
             "sample_shape": list(getattr(datamodule, "sample_shape", ())) or None,
             "seed": config["seed_everything"],
+            "metric": _telling_metric(config, model, metrics),
             "metrics": dict(metrics),
             "efficiency": dict(efficiency),
             "panels": {**getattr(datamodule, "panels", {}), **getattr(model, "panels", {})},
@@ -71,6 +72,15 @@ def write_summary(
             "seconds": round(time.time() - started, 3),
         },
     )
+
+
+def _telling_metric(config: Mapping[str, Any], model: Any, metrics: Mapping[str, float]) -> str | None:
+    """The figure that tells most about this run: what its checkpoints were chosen by, else what its method names."""
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    callbacks = [callbacks] if isinstance(callbacks, Mapping) else callbacks
+    chosen = [(callback.get("init_args") or {}).get("monitor") or "" for callback in callbacks]
+    tested = [f"test/{name.removeprefix('val/')}" for name in chosen if name.startswith("val/")]
+    return next((name for name in (*tested, getattr(model, "headline", None)) if name in metrics), None)
 
 
 def _network(config: Mapping[str, Any], model: Any, role: str) -> dict[str, Any] | None:

@@ -1,97 +1,46 @@
-"""A comparison in words and tables: numbers, sentences, terminal, Markdown, JSON."""
+"""A comparison in sentences and tables, and both in the terminal."""
 
-import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lit_distill.experiment.compare import Comparison, Difference, Group, Stat
+from lit_distill.experiment.compare import MOST_SENTENCES, Comparison, Difference, Group, Stat
+from lit_distill.experiment.pareto import costs_of, pareto_front
+from lit_distill.experiment.words import (
+    MISSING,
+    decimals,
+    encodable,
+    heading,
+    is_percent,
+    lower_is_better,
+    metric_name,
+    scaled,
+    show,
+    show_count,
+    show_difference,
+    show_plain,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MISSING = "\N{EN DASH}"
-
-# Words in a metric's name. Domains add theirs here, so that tables and sentences read right.
-_LOWER_IS_BETTER = frozenset({
-    "loss", "nll", "ece", "mce", "brier", "error", "err", "mse", "mae", "rmse", "perplexity", "ppl", "fid", "kid", "kl",
-    "fd", "mmd", "lpips", "distance", "latency", "seconds", "params", "flops", "bytes",
-})  # fmt: skip
-_PERCENT = frozenset({"acc", "acc1", "acc5", "top1", "top5", "accuracy", "ece", "agreement"})
-_WORDS = {"acc": "accuracy", "ece": "ECE", "nll": "NLL", "fid": "FID", "kl": "KL"}
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a small value of this metric is a good one, judged by the words of its name."""
-    return bool(_LOWER_IS_BETTER & set(re.split(r"[^a-z0-9]+", metric.lower())))
-
-
-def is_percent(metric: str) -> bool:
-    """Whether the metric is a fraction that reads better as a percentage."""
-    return bool(_PERCENT & set(re.split(r"[^a-z0-9]+", metric.lower())))
-
-
-def metric_name(metric: str) -> str:
-    """The metric in words: `test/acc` -> `test accuracy`."""
-    return " ".join(_WORDS.get(word, word.replace("_", " ")) for word in metric.split("/"))
-
-
-def scaled(metric: str, value: float) -> float:
-    """The value as it is shown: fractions in percent."""
-    return 100 * value if is_percent(metric) else value
-
-
-def decimals(metric: str, spread: float | None) -> int:
-    """Decimals that the spread deserves: its first digit, between 1 and 2 for percentages and 2 and 4 otherwise."""
-    least, most = (1, 2) if is_percent(metric) else (2, 4)
-    if not spread:
-        return least
-    return max(least, min(most, -math.floor(math.log10(abs(scaled(metric, spread))))))
-
-
-def show(metric: str, value: Stat | None) -> str:
-    """`95.1 ± 0.3` for several seeds, `98.5` for one."""
-    if value is None:
-        return MISSING
-    places = decimals(metric, value.sd)
-    mean = f"{scaled(metric, value.mean):.{places}f}"
-    return mean if value.sd is None else f"{mean} ± {scaled(metric, value.sd):.{places}f}"
-
-
-def show_difference(metric: str, difference: Difference | None) -> str:
-    """`+1.9 ± 0.4 [0.8, 3.0]`: mean, standard error, 95 % interval."""
-    if difference is None:
-        return MISSING
-    places = decimals(metric, difference.se)
-    mean, se, low, high = (scaled(metric, x) for x in (difference.mean, difference.se, difference.low, difference.high))
-    return _minus(f"{mean:+.{places}f} ± {se:.{places}f} [{low:.{places}f}, {high:.{places}f}]")
-
-
-def show_count(value: Stat | None) -> str:
-    """A large number: `3,970`, `1.24 M`, `41.2 G`."""
-    if value is None:
-        return MISSING
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value.mean >= size:
-            return f"{value.mean / size:.3g} {unit}"
-    return f"{value.mean:,.0f}"
-
-
-def show_plain(value: Stat | None) -> str:
-    """A mean for reading at a glance: `0.0123`, `33.0`, `12,400`."""
-    if value is None:
-        return MISSING
-    size = abs(value.mean)
-    return f"{value.mean:,.0f}" if size >= 100 else f"{value.mean:.1f}" if size >= 1 else f"{value.mean:.3g}"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")
+MOST_ROWS = 40  # more rows are no longer read in a terminal
+MOST_LINES = 20
 
 
 def sentences(comparison: Comparison) -> list[str]:
     """The result in words: the main one first, then one sentence for each other row with a difference.
+
+    Of several sections each tells its main one first, under its title, and then the others.
+    """
+    if not comparison.sections:
+        return _sentences(comparison)
+    told = [[f"{part.title}: {sentence}" for sentence in _sentences(part)] for part in comparison.sections]
+    return [lead for lead, *_ in told] + [sentence for _, *others in told for sentence in others]
+
+
+def _sentences(comparison: Comparison) -> list[str]:
+    """The result of one section in words.
 
     A row wins or loses only if its difference exceeds two standard errors, and only against a baseline that trains
     the same student.
@@ -148,11 +97,19 @@ def _with_unit(metric: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the result table: its heading, an explanation, and one text for each group."""
+    """A column of the result table.
+
+    Attributes:
+        heading: Its heading.
+        explanation: What it holds.
+        cells: One text for each group.
+        values: One number for each group, by which rows are sorted; None sorts last.
+    """
 
     heading: str
     explanation: str
     cells: tuple[str, ...]
+    values: tuple[float | None, ...]
 
 
 def columns(comparison: Comparison) -> list[Column]:
@@ -160,42 +117,74 @@ def columns(comparison: Comparison) -> list[Column]:
     metric = comparison.metric
     groups = comparison.groups
 
-    def of(key: str, shown: Callable[[Stat | None], str]) -> tuple[str, ...]:
-        return tuple(shown(group.stats.get(key)) for group in groups)
+    def of(name: str, explanation: str, key: str, shown: Callable[[Stat | None], str]) -> Column:
+        stats = [group.stats.get(key) for group in groups]
+        return Column(
+            name, explanation, tuple(map(shown, stats)), tuple(None if value is None else value.mean for value in stats)
+        )
 
     table = [
-        Column("seeds", "number of runs that differ by seed alone", tuple(str(len(group.runs)) for group in groups)),
-        Column(heading(metric), "mean ± standard deviation over seeds", of(metric, lambda s: show(metric, s))),
+        Column(
+            "seeds",
+            "number of runs that differ by seed alone",
+            tuple(str(len(group.runs)) for group in groups),
+            tuple(float(len(group.runs)) for group in groups),
+        ),
+        of(heading(metric), "mean ± standard deviation over seeds", metric, lambda s: show(metric, s)),
         Column(
             f"difference to {comparison.baseline}",
             "mean paired difference ± standard error [95 % interval by Student's t]; bold beyond two standard errors",
             tuple(show_difference(metric, group.difference) for group in groups),
+            tuple(None if group.difference is None else group.difference.mean for group in groups),
         ),
     ]
     if metric != "test/ece":
         ece = "expected calibration error, mean ± standard deviation"
-        table.append(Column(heading("test/ece"), ece, of("test/ece", lambda s: show("test/ece", s))))
+        table.append(of(heading("test/ece"), ece, "test/ece", lambda s: show("test/ece", s)))
     table += [
-        Column("parameters", "parameters of the student", of("efficiency/student_params", show_count)),
-        Column(
+        _networks(groups, "student"),
+        _networks(groups, "teacher"),
+        of("parameters", "parameters of the student", "efficiency/student_params", show_count),
+        of(
             "compression \N{MULTIPLICATION SIGN}",
             "teacher's parameters / student's",
-            of("efficiency/compression", show_plain),
+            "efficiency/compression",
+            show_plain,
         ),
-        Column(
-            "samples/s",
-            "samples per second in inference",
-            of("efficiency/inference_samples_per_second", show_plain),
-        ),
-        Column("seconds", "mean wall time of a run", of("seconds", show_plain)),
+        of("steps", "sampling steps (evaluations of the network for a sample)", "test/nfe", show_plain),
+        of("bytes", "bytes of the training set", "test/bytes", show_count),
+        of("samples/s", "samples per second in inference", "efficiency/inference_samples_per_second", show_plain),
+        of("seconds", "mean wall time of a run", "seconds", show_plain),
+        _fronts(comparison),
     ]
     return [column for column in table if any(cell != MISSING for cell in column.cells)]
 
 
-def heading(metric: str) -> str:
-    """Heading of a metric's column: name, unit, and an arrow where low is good."""
-    unit = " %" if is_percent(metric) else ""
-    return metric_name(metric) + unit + (" ↓" if lower_is_better(metric) else "")
+def _networks(groups: Sequence[Group], role: str) -> Column:
+    """Class names of one network, empty unless the rows differ in them."""
+    names = [group.network(role)[0].rpartition(".")[2] or MISSING for group in groups]
+    if len(set(names) - {MISSING}) < 2:
+        names = [MISSING] * len(groups)
+    return Column(role, f"class of the {role}", tuple(names), (None,) * len(groups))
+
+
+def fronts(comparison: Comparison) -> dict[str, list[str]]:
+    """Label -> names of the costs on whose Pareto front the row is; those in which no rows differ are left out."""
+    on: dict[str, list[str]] = {group.label: [] for group in comparison.groups}
+    for cost in costs_of(comparison.groups, comparison.metric):
+        for group in pareto_front(comparison.groups, comparison.metric, cost):
+            on[group.label].append(cost.name)
+    return on
+
+
+def _fronts(comparison: Comparison) -> Column:
+    on = fronts(comparison)
+    return Column(
+        "Pareto front",
+        "costs at which no other row is as good and cheaper, or better and as cheap, by means",
+        tuple(", ".join(on[group.label]) or MISSING for group in comparison.groups),
+        tuple(float(len(on[group.label])) for group in comparison.groups),
+    )
 
 
 def is_marked(group: Group, column: Column) -> bool:
@@ -203,79 +192,100 @@ def is_marked(group: Group, column: Column) -> bool:
     return column.heading.startswith("difference") and group.difference is not None and group.difference.clear
 
 
+def best(comparison: Comparison) -> str:
+    """Label of the row with the best mean of the metric, empty if none has it."""
+    ranked = ranking(comparison)
+    return ranked[0].label if ranked and comparison.metric in ranked[0].stats else ""
+
+
+def ranking(comparison: Comparison) -> list[Group]:
+    """The rows from the best mean of the metric to the worst, and those without it."""
+    metric = comparison.metric
+    sign = 1 if lower_is_better(metric) else -1
+    return sorted(
+        comparison.groups,
+        key=lambda group: sign * stat.mean if (stat := group.stats.get(metric)) is not None else float("inf"),
+    )
+
+
+def short_labels(comparison: Comparison) -> dict[str, str]:
+    """Label of each row -> the label without its experiment, where all rows of the section have the same."""
+    stems = {group.label: group.label.partition(f"/{group.stage}")[0] for group in comparison.groups}
+    is_common = len(set(stems.values())) == 1 and not any(label == stem for label, stem in stems.items())
+    return {label: label[len(stem) + 1 :] if is_common else label for label, stem in stems.items()}
+
+
+def shortened(comparison: Comparison, most: int) -> list[Group]:
+    """The rows, or if they are more, the baselines and the best ones, in their order."""
+    if len(comparison.groups) <= most:
+        return list(comparison.groups)
+    ranked = sorted(ranking(comparison), key=comparison.is_baseline, reverse=True)
+    kept = {group.label for group in ranked[:most]}
+    return [group for group in comparison.groups if group.label in kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the terminal
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Prints tables, sentences, notes, and the runs that are not finished."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width; wrapped cells would be hard to read by eye and by grep
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(encodable(text), style=style), soft_wrap=True)
+
+    for part in comparison.parts:
+        if part.groups:
+            console.print(terminal_table(part))
+    told = sentences(comparison)
+    for line in told[:MOST_SENTENCES]:
+        say(line, "bold")
+    if len(told) > MOST_SENTENCES:
+        say(f"and {len(told) - MOST_SENTENCES} more in the table")
+    unread = [f"{run.path}: {run.state()}" for run in comparison.runs if not run.finished]
+    for what, lines in (("notes", [f"note: {note}" for note in comparison.notes]), ("runs", unread)):
+        for line in lines[:MOST_LINES]:
+            say(line)
+        if len(lines) > MOST_LINES:
+            say(f"and {len(lines) - MOST_LINES} more {what}, in the files of --markdown, --json and --html")
+
+
 def terminal_table(comparison: Comparison) -> "Table":
     """The result as a rich table. Clear differences are bold and carry a star, which a pipe keeps."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{metric_name(comparison.metric)} by stage", title_justify="left")
+    title = f"{metric_name(comparison.metric)} by stage"
+    table = Table(title=encodable(f"{comparison.title}: {title}" if comparison.title else title), title_justify="left")
+    rows = shortened(comparison, MOST_ROWS)
+    kept, names = {group.label for group in rows}, short_labels(comparison)
+    places = [index for index, group in enumerate(comparison.groups) if group.label in kept]
     shown = columns(comparison)
-    table.add_column("stage")
+    table.add_column("stage", overflow="fold", min_width=min(40, max(len(group.label) for group in rows)))
     table.add_column("method")
     for column in shown:
-        table.add_column(column.heading, justify="right")
-    for index, group in enumerate(comparison.groups):
+        table.add_column(Text(encodable(column.heading)), justify="right")
+    for index in places:
+        group = comparison.groups[index]
         cells = [
-            Text(f"{column.cells[index]} *", style="bold") if is_marked(group, column) else Text(column.cells[index])
+            Text(f"{column.cells[index]} *", style="bold")
+            if is_marked(group, column)
+            else Text(encodable(column.cells[index]))
             for column in shown
         ]
-        table.add_row(Text(group.label), Text(group.method.rpartition(".")[2]), *cells)
-    if any(is_marked(group, column) for group in comparison.groups for column in shown):
-        table.caption = "* more than two standard errors"
+        table.add_row(Text(encodable(names[group.label])), Text(encodable(group.method.rpartition(".")[2])), *cells)
+    captions = []
+    if any(is_marked(group, column) for group in rows for column in shown):
+        captions.append("* more than two standard errors")
+    if len(rows) < len(comparison.groups):
+        captions.append(f"the baselines and the best of {len(comparison.groups)} rows")
+    if captions:
+        table.caption = "; ".join(captions)
         table.caption_justify = "left"
     return table
-
-
-def markdown_table(comparison: Comparison) -> str:
-    """The result as a Markdown table, with the sentences above and the notes below."""
-    shown = columns(comparison)
-    rows = [["stage", "method", *(column.heading for column in shown)]]
-    for index, group in enumerate(comparison.groups):
-        cells = [f"**{c.cells[index]}**" if is_marked(group, c) else c.cells[index] for c in shown]
-        rows.append([group.label, group.method.rpartition(".")[2], *cells])
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    rows.insert(1, ["---", "---", *["---:"] * len(shown)])
-    lines = [*sentences(comparison), "", *(f"| {' | '.join(row)} |" for row in rows)]
-    if comparison.notes or any(not run.finished for run in comparison.runs):
-        lines += ["", *(f"- {note}" for note in comparison.notes)]
-        lines += [f"- {run.path}: {run.status}" for run in comparison.runs if not run.finished]
-    return "\n".join(lines) + "\n"
-
-
-def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain values for JSON, in natural units (fractions, not percent)."""
-    return {
-        "metric": comparison.metric,
-        "baseline": comparison.baseline,
-        "sentences": sentences(comparison),
-        "groups": [
-            {
-                "label": group.label,
-                "experiment": group.runs[0].experiment,
-                "stage": group.stage,
-                "method": group.method,
-                "data": group.data,
-                "networks": group.runs[0].networks,
-                "seeds": [run.seed for run in group.runs],
-                "runs": [str(run.path) for run in group.runs],
-                "stats": {key: {"mean": s.mean, "sd": s.sd, "n": s.n} for key, s in group.stats.items()},
-                "difference": None
-                if (d := group.difference) is None
-                else {
-                    "baseline": d.baseline,
-                    "mean": d.mean,
-                    "se": d.se,
-                    "low": d.low,
-                    "high": d.high,
-                    "n": d.n,
-                    "per_seed": {str(seed): value for seed, value in d.per_seed.items()},
-                    "same_student": d.fair,
-                    "exceeds_two_standard_errors": d.clear,
-                },
-                "why_no_difference": group.why_none or None,
-            }
-            for group in comparison.groups
-        ],
-        "notes": list(comparison.notes),
-        "runs": [{"path": str(run.path), "status": run.status} for run in comparison.runs],
-    }

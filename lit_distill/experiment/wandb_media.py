@@ -6,7 +6,8 @@ from importlib.resources import files
 from typing import Any
 
 from lit_distill.experiment.compare import Group
-from lit_distill.experiment.dashboard import Figure, Look, panel_figures
+from lit_distill.experiment.dashboard import Figure, Look
+from lit_distill.experiment.dashboard.panels import panel_figures
 from lit_distill.experiment.runs import Run
 
 _COLOUR = re.compile(r"^@([\w-]+)(?:/([\d.]+))?$")

@@ -57,12 +57,13 @@ def build_report(comparison: Comparison, project: str, table: str) -> Any:
         wr.LinePlot(title=key, x=STEP, y=[key], groupby_aggfunc="mean", groupby_rangefunc="stddev")
         for key in _curves(comparison)
     ]
-    measured = [wr.BarPlot(title=comparison.metric, metrics=[comparison.metric])]
+    metrics = list(dict.fromkeys(part.metric for part in comparison.parts))
+    measured = [wr.BarPlot(title=metric, metrics=[metric]) for metric in metrics]
     return wr.Report(
         entity=entity,
         project=name,
         title=(TITLE + ", ".join(experiments))[:_LONGEST_TITLE],
-        description=f"Comparison in {comparison.metric}, written by `lit-distill compare --wandb {project}`.",
+        description=f"Comparison in {', '.join(metrics)}, written by `lit-distill compare --wandb {project}`.",
         width="fluid",
         blocks=[
             wr.H2("Result"),
@@ -83,9 +84,9 @@ def build_report(comparison: Comparison, project: str, table: str) -> Any:
 def _curves(comparison: Comparison) -> list[str]:
     """The metrics whose curves are shown: validation first, then the losses."""
     keys = {key for group in comparison.groups for key in group.runs[0].history()}
-    like_metric = "val/" + comparison.metric.rpartition("/")[2]
+    like_metrics = {"val/" + part.metric.rpartition("/")[2] for part in comparison.parts}
     chosen = [key for key in keys if key.startswith("val/") or key == "train/loss"]
-    return sorted(chosen, key=lambda key: (key != like_metric, key != "train/loss", key))[:MOST_CURVES]
+    return sorted(chosen, key=lambda key: (key not in like_metrics, key != "train/loss", key))[:MOST_CURVES]
 
 
 def _without_places(text: str, folder: Path) -> str:

@@ -62,6 +62,7 @@ class TokenDistiller(Distiller):
         kwargs: See `Distiller`.
     """
 
+    headline: ClassVar[str] = "test/perplexity"
     asks_data: ClassVar[str] = "language model methods ask the data module for tokens and a tokenizer"
     needs_teacher: ClassVar[bool] = True
     silent_without_weight: ClassVar[bool] = True  # whether `divergence` is all that the teacher teaches by

@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from samples import HOSTILE, RELIABILITY, history
+
+from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.dashboard import write_dashboard
+from lit_distill.experiment.runs import find_runs
 
 CONFIG = """seed_everything: {seed}
 run:
@@ -89,3 +94,51 @@ def write_run(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture
+def page(write_run, tmp_path):
+    """Writes the page of all runs written so far and returns its path."""
+
+    def write(**options):
+        path = tmp_path / "page.html"
+        write_dashboard(compare_runs(find_runs([tmp_path / "runs"]), **options), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def quick(write_run):
+    """Five seeds of three stages, one teacher, one unfinished and one broken run."""
+    write_run("teacher", 0, {"test/acc": 0.98}, params=100_000, history=history(0.98), started="2026-01-01T00:00:00")
+    for seed in range(5):
+        for stage, gain in (("baseline", 0.0), ("kd", 0.02), ("fitnets", 0.001 * (-1) ** seed)):
+            accuracy = 0.9 + 0.003 * seed + gain + 0.001 * (seed % 2)
+            metrics = {"test/acc": accuracy, "test/ece": 0.03}
+            started = {"baseline": "2026-01-02", "kd": "2026-01-03", "fitnets": "2026-01-04"}[stage]
+            panels = {"reliability": RELIABILITY}
+            write_run(stage, seed, metrics, history=history(accuracy), panels=panels, started=started)
+    (write_run("at", 0) / "summary.json").unlink()
+    (write_run("at", 1) / "summary.json").write_text("{")
+
+
+@pytest.fixture
+def hostile(write_run):
+    """Runs whose every name, key and setting is an attempt to run a script."""
+    for at, text in enumerate(HOSTILE):
+        for seed in (0, 1):
+            write_run(
+                text,
+                seed,
+                {"test/acc": 0.9, f"val/{text}": 0.1},
+                name=f"run{at}-s{seed}",
+                history=f'step,epoch,"val/{text.replace(chr(34), chr(34) * 2)}"\n1,0,0.5\n',
+                config=f"model: {text}\n".replace("{", "{{").replace("}", "}}"),
+                experiment="quick",
+                method=f"evil.{text}",
+                data=f"evil.{text}",
+                versions={text: text},
+                panels={text: 1, "reliability": {text: text}},
+            )
+    (write_run("x", 0, name="unread") / "summary.json").write_text(json.dumps({"schema": HOSTILE[1]}))

@@ -5,67 +5,30 @@ import html
 import json
 import math
 import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
+from samples import HOSTILE, RELIABILITY
 
 from lit_distill.experiment.compare import compare_runs
-from lit_distill.experiment.dashboard import (
-    CURVE_POINTS,
-    LARGEST_PICTURE,
-    MOST_DRAWN,
-    MOST_LABELLED,
-    Look,
-    drawn_groups,
-    mean_curve,
-    panel_figures,
-    reliability_panel,
-    robustness_panel,
-    without_secrets,
-    write_dashboard,
-)
+from lit_distill.experiment.dashboard import Figure, Look, render
+from lit_distill.experiment.dashboard.cost import MOST_LABELLED
+from lit_distill.experiment.dashboard.curves import CURVE_POINTS, mean_curve
+from lit_distill.experiment.dashboard.figure import MOST_DRAWN, drawn_groups
+from lit_distill.experiment.dashboard.panels import LARGEST_PICTURE, panel_figures, reliability_panel, robustness_panel
+from lit_distill.experiment.redact import without_secrets
 from lit_distill.experiment.runs import find_runs
 
 LOOK = Look("c1", "circle", "solid")
 ROBUSTNESS = {"epsilon": [0.0, 0.1, 0.2], "fgsm": [0.9, 0.7, 0.6], "rescaled": [0.9, 0.5, 0.1]}
-RELIABILITY = {"confidence": [0.25, 0.75], "accuracy": [0.5, 0.75], "count": [10, 30]}
-
-
-def history(accuracy):
-    rows = [f"{step},0,{2 - step / 100},{accuracy - 10 / step},{step / 1000}" for step in range(25, 101, 25)]
-    return "step,epoch,train/loss,val/acc,val/ece\n" + "\n".join(rows) + "\n"
-
-
-@pytest.fixture
-def page(write_run, tmp_path):
-    """Writes the page of all runs written so far and returns its path."""
-
-    def write(**options):
-        path = tmp_path / "page.html"
-        write_dashboard(compare_runs(find_runs([tmp_path / "runs"]), **options), path)
-        return path
-
-    return write
-
-
-@pytest.fixture
-def quick(write_run):
-    """Five seeds of three stages, one teacher, one unfinished and one broken run."""
-    write_run("teacher", 0, {"test/acc": 0.98}, params=100_000, history=history(0.98), started="2026-01-01T00:00:00")
-    for seed in range(5):
-        for stage, gain in (("baseline", 0.0), ("kd", 0.02), ("fitnets", 0.001 * (-1) ** seed)):
-            accuracy = 0.9 + 0.003 * seed + gain + 0.001 * (seed % 2)
-            metrics = {"test/acc": accuracy, "test/ece": 0.03}
-            started = {"baseline": "2026-01-02", "kd": "2026-01-03", "fitnets": "2026-01-04"}[stage]
-            panels = {"reliability": RELIABILITY}
-            write_run(stage, seed, metrics, history=history(accuracy), panels=panels, started=started)
-    (write_run("at", 0) / "summary.json").unlink()
-    (write_run("at", 1) / "summary.json").write_text("{")
 
 
 def specs_of(text):
     return json.loads(re.search(r'<script type="application/json" id="specs">(.*?)</script>', text, re.S)[1])
+
+
+def data_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
 def visible(text):
@@ -78,15 +41,14 @@ def test_the_page_tells_result_table_runs_and_configuration(quick, page):
     text = visible(page().read_text())
     assert "kd beats baseline by 2.0 ± 0.0 points of test accuracy over 5 paired seeds." in text
     assert "16 finished, 2 not" in text
-    assert "at-s0 quick – unfinished" in text.replace("\N{EN DASH}", "–")  # noqa: RUF001
+    assert re.search(r"at-s0 quick image KD Digits . . . unfinished \(last written 20", text)
     assert "broken: summary.json cannot be read" in text
-    assert "class_path: lit_distill.image.KD" in text
     assert "lit_distill 0.1.0" in text
 
 
 def test_the_figures_draw_the_values_of_the_runs(quick, page):
     specs = specs_of(page().read_text())
-    assert {"dots", "differences", "curves", "size"} <= specs.keys()
+    assert {"dots", "differences", "curves", "cost"} <= specs.keys()
     seeds = specs["dots"][""]["data"][2]  # the baseline's seeds; before them the teacher's seed and mean
     assert seeds["x"] == pytest.approx([90.0, 90.4, 90.6, 91.0, 91.2])
     difference = specs["differences"][""]["data"][1]
@@ -95,8 +57,49 @@ def test_the_figures_draw_the_values_of_the_runs(quick, page):
     teacher = specs["curves"]["val/acc"]["data"][0]
     assert teacher["x"] == [25, 50, 75, 100]
     assert teacher["y"] == pytest.approx([58.0, 78.0, 84.6667, 88.0])
-    sizes = [trace["customdata"] for trace in specs["size"][""]["data"] if trace["mode"] == "markers"]
+    assert list(specs["cost"]) == ["params"]
+    sizes = [trace["customdata"] for trace in specs["cost"]["params"]["data"] if trace["mode"] == "markers"]
     assert sizes == [["100,000 parameters"], *[["1,000 parameters"]] * 3]
+
+
+def test_every_configuration_can_be_put_together_again(quick, page, tmp_path):
+    data = data_of(page().read_text())["configs"]
+    runs = find_runs([tmp_path / "runs"])
+    for run, blocks in zip(runs, data["runs"], strict=True):
+        lines = [data["lines"][line] for block in blocks for line in data["blocks"][block]]
+        assert lines == (run.path / "config.yaml").read_text().splitlines()
+    assert len(data["lines"]) == len(set(data["lines"])) < 120  # of 18 configurations with 23 lines each
+
+
+def test_curves_of_single_runs_are_those_of_their_files(quick, page, tmp_path):
+    data = data_of(page().read_text())
+    curves, at = data["curves"], data["names"].index("teacher-s0")
+    assert curves["metrics"] == ["val/acc", "train/loss", "val/ece"]
+    place, values = curves["runs"][at]["0"]
+    assert curves["steps"][place] == [25, 50, 75, 100]
+    assert values == pytest.approx([58.0, 78.0, 84.67, 88.0])
+    assert curves["titles"][0] == "val accuracy in %"
+    assert len(curves["steps"]) == 1  # shared by all
+
+
+def test_the_front_is_drawn_and_rows_off_it_stand_back(write_run, page):
+    write_run("small", 0, {"test/acc": 0.7}, params=10)
+    write_run("middle", 0, {"test/acc": 0.6}, params=100)  # larger and worse than small
+    write_run("large", 0, {"test/acc": 0.9}, params=1000)
+    spec = specs_of(page().read_text())["cost"]["params"]
+    line = spec["data"][0]
+    assert (line["x"], line["y"]) == ([10, 1000], [70, 90])
+    sizes = {mark["meta"]: mark["marker"]["size"] for mark in spec["data"] if mark["mode"] == "markers"}
+    assert sizes["small"] == sizes["large"] > sizes["middle"]
+
+
+def test_a_caller_may_add_figures(write_run, page, tmp_path):
+    write_run("kd", 0)
+    spec = {"data": [{"type": "parcoords"}], "layout": {}}
+    extra = Figure("parallel", "Parameters", "One line for each trial.", "3 trials", {"": spec}, ("trial",), [("1",)])
+    text = render(compare_runs(find_runs([tmp_path / "runs"])), tmp_path, [extra])
+    assert specs_of(text)["parallel"][""] == spec
+    assert "One line for each trial." in visible(text)
 
 
 def test_distilled_data_are_drawn_against_their_bytes(write_run, page):
@@ -104,7 +107,7 @@ def test_distilled_data_are_drawn_against_their_bytes(write_run, page):
         write_run("full", seed, {"test/acc": 0.9, "test/bytes": 5000.0})
         write_run("mirage", seed, {"test/acc": 0.8, "test/bytes": 40.0})
     specs = specs_of(page(baseline="full").read_text())
-    data, axis = specs["size"][""]["data"], specs["size"][""]["layout"]["xaxis"]
+    data, axis = specs["cost"]["bytes"]["data"], specs["cost"]["bytes"]["layout"]["xaxis"]
     assert sorted(trace["x"][0] for trace in data if trace["mode"] == "markers") == pytest.approx([40, 5000])
     assert axis["title"]["text"] == "bytes of the training set"
     assert axis["ticktext"] == ["30 B", "100 B", "300 B", "1 kB", "3 kB"]
@@ -112,14 +115,15 @@ def test_distilled_data_are_drawn_against_their_bytes(write_run, page):
 
 
 def size_data(page, **options):
-    data = specs_of(page(**options).read_text())["size"][""]["data"]
-    return ([trace for trace in data if trace["mode"] == mode] for mode in ("markers", "text"))
+    data = specs_of(page(**options).read_text())["cost"]["bytes"]["data"]
+    return ([trace for trace in data if trace["mode"] == mode and "meta" in trace] for mode in ("markers", "text"))
 
 
 def test_sizes_that_differ_between_seeds_have_error_bars(write_run, page):
+    write_run("full", 0, {"test/acc": 0.95, "test/bytes": 5000.0}, started="2026-01-01")
     for seed, size in enumerate((30.0, 50.0)):
         write_run("random", seed, {"test/acc": 0.8 + 0.1 * seed, "test/bytes": size})
-    (mark,), _ = size_data(page)
+    (_, mark), _ = size_data(page)
     # Two values that differ by d have the standard error d / 2.
     assert mark["error_x"]["array"] == pytest.approx([20.0])
     assert mark["error_y"]["array"] == pytest.approx([10.0])
@@ -149,30 +153,6 @@ def test_many_points_are_told_by_the_legend_alone(write_run, page):
     assert (len(list(marks)), list(labels)) == (MOST_LABELLED + 1, [])
 
 
-HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "%{x}<b>")
-
-
-@pytest.fixture
-def hostile(write_run):
-    """Runs whose every name, key and setting is an attempt to run a script."""
-    for at, text in enumerate(HOSTILE):
-        for seed in (0, 1):
-            write_run(
-                text,
-                seed,
-                {"test/acc": 0.9, f"val/{text}": 0.1},
-                name=f"run{at}-s{seed}",
-                history=f'step,epoch,"val/{text.replace(chr(34), chr(34) * 2)}"\n1,0,0.5\n',
-                config=f"model: {text}\n".replace("{", "{{").replace("}", "}}"),
-                experiment="quick",
-                method=f"evil.{text}",
-                data=f"evil.{text}",
-                versions={text: text},
-                panels={text: 1, "reliability": {text: text}},
-            )
-    (write_run("x", 0, name="unread") / "summary.json").write_text(json.dumps({"schema": HOSTILE[1]}))
-
-
 def test_hostile_text_never_appears_unescaped(hostile, page):
     path = page(baseline=HOSTILE[0])
     text = path.read_text()
@@ -180,9 +160,9 @@ def test_hostile_text_never_appears_unescaped(hostile, page):
         assert attempt not in text
     for start in ("<img", "<svg onload", "<b>", "alert(1)</script>"):
         assert start not in text.replace(_plotly(), "")
-    assert len(re.findall("<script", text.replace(_plotly(), ""))) == 3
+    assert len(re.findall("<script", text.replace(_plotly(), ""))) == 6  # two of data, plotly.js, and three of ours
     assert html.escape(HOSTILE[1], quote=False) in text  # it is there, escaped
-    labels = specs_of(text)["dots"][""]["layout"]["yaxis"]["ticktext"]
+    labels = specs_of(text)["s0-dots"][""]["layout"]["yaxis"]["ticktext"]
     assert not any("<" in label for label in labels)  # Plotly reads tags in labels
 
 
@@ -210,6 +190,33 @@ def test_secrets_of_a_configuration_are_hidden():
         assert secret not in hidden
     assert "max_tokens: 12\ntokenizer: gpt2\n" in hidden
     assert "  api_key: [hidden]\n" in hidden
+
+
+SECRETS = {
+    "api_key: |\n  first line\n  second line\nlr: 1\n": "api_key: [hidden]\nlr: 1\n",
+    "credentials:\n- one\n- two\nlr: 1\n": "credentials: [hidden]\nlr: 1\n",
+    "- secret: 'a\n\n    b'\n- lr: 1\n": "- secret: [hidden]\n- lr: 1\n",
+    "'OPENAI_API_KEY': x\n": "'OPENAI_API_KEY': [hidden]\n",
+    "url: https://me:pass@host/v1\n": "url: https://[hidden]@host/v1\n",
+    "text: see ghp_abcdefghijklmnop for more\n": "text: see [hidden] for more\n",
+    "eos_token: </s>\npad_token: <pad>\nmonkey: 3\nmax_new_tokens: 5\n": None,
+}
+
+
+@pytest.mark.parametrize("config", SECRETS)
+def test_secrets_on_several_lines_and_in_values_are_hidden(config):
+    assert without_secrets(config) == (SECRETS[config] or config)
+
+
+def test_no_secret_reaches_the_page_not_even_in_a_label_or_a_text(write_run, page):
+    template = "model:\n  init_args:\n    api_key: {root}\n    lr: {lr}\n"
+    for lr in (1, 2):
+        text = [{"prompt": "my key", "student": "is hf_abcdefghijklmnopqrst"}]
+        write_run("kd", lr, config=template, root=f"key-number-{lr}", lr=lr, panels={"text": text})
+    text = page().read_text()
+    assert "key-number" not in text
+    assert "hf_abcdefghijklmnopqrst" not in text
+    assert "kd (lr: 1)" in text
 
 
 def test_without_finished_runs_the_page_still_lists_them(write_run, page):
@@ -400,159 +407,3 @@ def test_many_rows_are_thinned_to_the_best_and_the_baseline(write_run, tmp_path)
     assert "baseline" in labels
     assert f"m{MOST_DRAWN + 4}" in labels
     assert "m0" not in labels
-
-
-# ---- in a browser ----------------------------------------------------------------------------------------------------
-
-SIZES = [(1280, 900), (390, 844)]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install 'lit-distill[dev]')")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in f"{flags} disable-component-update disable-sync disable-dev-shm-usage".split():
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield session
-    session.quit()
-
-
-@pytest.fixture
-def opened(browser, quick, page):
-    """Opens the page at a size; afterwards nothing may have been complained of or fetched."""
-
-    def open_at(width, height):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        browser.get(page().as_uri())
-        return browser
-
-    browser.get_log("browser"), browser.get_log("performance")  # forget what earlier tests did
-    yield open_at
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    urls = [r["request"]["url"] for r in requests if r["documentURL"].startswith("file:")]  # not chromium's own pages
-    assert urls
-    assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert browser.get_log("browser") == []
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
-def test_the_page_fits_and_every_plot_is_drawn(opened, size):
-    browser = opened(*size)
-    root = "document.documentElement"
-    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
-    assert browser.execute_script("return window.innerWidth") == size[0]
-    ids = browser.execute_script("return [...document.querySelectorAll('.plot')].map(plot => plot.id)")
-    assert len(ids) == 4 + 3  # four figures, and a reliability diagram for each row that has one
-    for name in ids:
-        drawn = f"document.getElementById('{name}').querySelector('svg.main-svg').getBoundingClientRect()"
-        assert 0 < browser.execute_script(f"return {drawn}.width") <= size[0]
-    labels = browser.execute_script("return [...document.querySelectorAll('.plot')].map(p => p.ariaLabel)")
-    assert all(labels)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
-def test_details_open_and_close_by_keyboard(opened, size):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    browser = opened(*size)
-    details = browser.find_element(By.CSS_SELECTOR, "details.config")
-    summary = details.find_element(By.TAG_NAME, "summary")
-    text = details.find_element(By.TAG_NAME, "pre")
-    assert not text.is_displayed()
-    summary.send_keys(Keys.ENTER)
-    assert text.is_displayed()
-    assert "seed_everything: 0" in text.text
-    summary.send_keys(Keys.SPACE)
-    assert not text.is_displayed()
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
-def test_a_picture_is_drawn_fits_and_runs_nothing(opened, write_run, size):
-    folder = write_run("kd", 9, panels={"picture": PICTURE})
-    (folder / "trees.svg").write_text(SVG)
-    browser = opened(*size)  # an alert would make the next command fail
-    assert browser.execute_script("return document.querySelector('.picture img').naturalWidth") == 96
-    root = "document.documentElement"
-    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
-
-
-def test_the_first_tab_reaches_the_skip_link(opened):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    browser = opened(*SIZES[0])
-    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
-    assert browser.switch_to.active_element.text == "Skip to the results"
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["desktop", "phone"])
-def test_another_metric_draws_other_curves(opened, size):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.select import Select
-
-    browser = opened(*size)
-    drawn = "return document.getElementById('curves').data.filter(trace => trace.name).map(trace => trace.y)"
-    title = "return document.querySelector('#curves .ytitle').textContent"
-    before = browser.execute_script(drawn)
-    assert browser.execute_script(title) == "val accuracy in %"
-    Select(browser.find_element(By.CSS_SELECTOR, "select[data-plot=curves]")).select_by_visible_text("train/loss")
-    after = browser.execute_script(drawn)
-    assert len(before) == len(after) == 4
-    assert after[0] == pytest.approx([1.75, 1.5, 1.25, 1.0])
-    assert before[0] != after[0]
-    assert browser.execute_script(title) == "train loss ↓"
-
-
-def test_a_row_is_hidden_in_every_figure_and_shown_again_by_keyboard(opened):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    browser = opened(*SIZES[1])
-    button = browser.find_element(By.CSS_SELECTOR, ".legend button[data-row=kd]")
-    panel = browser.find_element(By.CSS_SELECTOR, "figure[data-row=kd]")
-
-    def rows():
-        ids = "['dots', 'differences', 'curves', 'size']"
-        return browser.execute_script(f"return {ids}.map(id => document.getElementById(id).data.map(t => t.meta))")
-
-    assert all("kd" in drawn for drawn in rows())
-    button.send_keys(Keys.SPACE)
-    assert not any("kd" in drawn for drawn in rows())
-    assert all("fitnets" in drawn for drawn in rows())
-    assert (button.get_attribute("aria-pressed"), panel.is_displayed()) == ("false", False)
-    button.send_keys(Keys.ENTER)
-    assert all("kd" in drawn for drawn in rows())
-    assert (button.get_attribute("aria-pressed"), panel.is_displayed()) == ("true", True)
-
-
-def test_dark_mode_changes_the_colours_of_the_plots(opened):
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    browser = opened(*SIZES[0])
-    try:
-        for scheme, ink in (("light", "#1b1f23"), ("dark", "#e7eaec")):
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            colour = "return document.getElementById('curves').layout.font.color"
-            WebDriverWait(browser, 10).until(lambda page, ink=ink, colour=colour: page.execute_script(colour) == ink)
-    finally:
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
-def test_hostile_text_runs_nothing_in_the_browser(opened, hostile):
-    browser = opened(*SIZES[1])  # an alert would make the next command fail
-    assert browser.execute_script("return document.querySelectorAll('img, svg[onload], .plot b').length") == 0
-    assert browser.execute_script("return document.querySelector('#dots .main-svg').textContent").count("<img") > 0
-    root = "document.documentElement"
-    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")

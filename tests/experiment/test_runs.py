@@ -29,6 +29,7 @@ def test_a_run_without_summary_is_unfinished_and_has_a_name(write_run):
     run = read_run(folder)
     assert (run.status, run.finished, run.summary) == ("unfinished", False, None)
     assert (run.experiment, run.name, run.stage, run.figures(), run.networks) == ("quick", "kd-s0", "", {}, {})
+    assert (run.domain, run.method, run.data) == ("image", "lit_distill.image.KD", "lit_distill.image.Digits")
 
 
 @pytest.mark.parametrize(
@@ -39,8 +40,9 @@ def test_a_run_without_summary_is_unfinished_and_has_a_name(write_run):
         ("\x00\x00\x00", "truncated"),
         ("[" * 100_000, "truncated"),
         ("[1, 2]", "no mapping"),
-        ('{"schema": 0}', "schema 0"),
-        ("{}", "schema None"),
+        ("{}", "schema is missing"),
+        ('{"schema": "1"}', "schema is '1'"),
+        ('{"schema": true}', "schema is True"),
         ('{"schema": 1}', "method is missing"),
     ],
 )
@@ -50,6 +52,14 @@ def test_an_unreadable_summary_is_told_as_broken(write_run, content, why):
     run = read_run(folder)
     assert run.status.startswith("broken: ")
     assert why in run.status
+    assert not run.finished
+
+
+@pytest.mark.parametrize(("schema", "age"), [(0, "an older"), (2, "a newer"), (-(10**30), "an older")])
+def test_a_summary_of_another_version_is_told_as_such(write_run, schema, age):
+    folder = write_run(schema=schema)
+    run = read_run(folder)
+    assert run.status.startswith(f"of {age} version: summary.json has schema {schema}")
     assert not run.finished
 
 

@@ -3,7 +3,10 @@
 
 const specs = JSON.parse(document.getElementById("specs").textContent);
 const chosen = {};
-const hidden = new Set();
+const hidden = new Set(); // rows switched off in a legend
+const filtered = new Set(); // rows that the filter leaves out
+const stale = new Set(); // figures to draw when they come into sight
+const FEW = 16; // so many figures are drawn at once
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const touch = window.matchMedia("(pointer: coarse)");
 const config = { responsive: true, displayModeBar: false, displaylogo: false };
@@ -20,7 +23,7 @@ function colour(name) {
 // Plotly draws the copies that this returns; the specifications keep their names.
 function resolve(value, key) {
   if (typeof value === "string") return /color$/.test(key) && value[0] === "@" ? colour(value) : value;
-  if (Array.isArray(value)) return value.map((item) => resolve(item, ""));
+  if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map((item) => resolve(item, key));
   if (value === null || typeof value !== "object") return value;
   return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, resolve(item, name)]));
 }
@@ -34,6 +37,7 @@ function axis(own) {
 }
 
 function draw(id) {
+  stale.delete(id);
   const { data, layout } = resolve(specs[id][chosen[id]], "");
   const axes = Object.fromEntries(
     ["xaxis", "yaxis", ...Object.keys(layout).filter((key) => /^[xy]axis\d/.test(key))].map((key) => [key, axis(layout[key])]),
@@ -44,12 +48,27 @@ function draw(id) {
     margin: { l: 12, r: 14, t: 12, b: 12 }, dragmode: touch.matches ? false : "zoom",
     hoverlabel: { bgcolor: colour("@card"), bordercolor: colour("@line"), font: { color: colour("@ink") } },
   };
-  const shown = data.filter((trace) => !hidden.has(trace.meta));
+  const shown = data.filter((trace) => !hidden.has(trace.meta) && !filtered.has(trace.meta));
   return Plotly.react(id, shown, { ...look, ...layout, ...axes }, config);
 }
 
+// Of many figures only those in sight are drawn at once; the others when they come near.
+const near = new IntersectionObserver(
+  (entries) => {
+    for (const { isIntersecting, target } of entries) {
+      target.dataset.near = isIntersecting ? "yes" : "";
+      if (isIntersecting && stale.has(target.id)) draw(target.id);
+    }
+  },
+  { rootMargin: "800px" },
+);
+
 function drawAll() {
-  for (const id of Object.keys(specs)) draw(id);
+  const ids = Object.keys(specs);
+  for (const id of ids) {
+    if (ids.length <= FEW || document.getElementById(id).dataset.near) draw(id);
+    else stale.add(id);
+  }
 }
 
 for (const id of Object.keys(specs)) chosen[id] = Object.keys(specs[id])[0];
@@ -60,12 +79,22 @@ for (const select of document.querySelectorAll("select[data-plot]")) {
     draw(select.dataset.plot);
   });
 }
-for (const button of document.querySelectorAll(".legend button")) {
+
+function showPanels() {
+  for (const figure of document.querySelectorAll("figure[data-row]")) {
+    figure.hidden = hidden.has(figure.dataset.row) || filtered.has(figure.dataset.row);
+  }
+}
+
+const legend = document.querySelectorAll(".legend button");
+for (const button of legend) {
   button.addEventListener("click", () => {
     const row = button.dataset.row;
     if (!hidden.delete(row)) hidden.add(row);
-    button.setAttribute("aria-pressed", String(!hidden.has(row)));
-    for (const figure of document.querySelectorAll("figure[data-row]")) figure.hidden = hidden.has(figure.dataset.row);
+    for (const other of legend) {
+      if (other.dataset.row === row) other.setAttribute("aria-pressed", String(!hidden.has(row)));
+    }
+    showPanels();
     drawAll();
   });
 }
@@ -80,3 +109,4 @@ for (const button of document.querySelectorAll("button[data-plot]")) {
 }
 dark.addEventListener("change", drawAll);
 drawAll();
+for (const id of Object.keys(specs)) near.observe(document.getElementById(id));
