@@ -90,7 +90,9 @@ def _dispatch(command: str, words: list[str]) -> int:
         parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
         parser.add_argument("--latex", metavar="FILE", help="write the table as LaTeX, for the package booktabs")
         parser.add_argument(
-            "--wandb", metavar="ENTITY/PROJECT", help="compare the runs of this W&B project too, and report there"
+            "--wandb",
+            metavar="ENTITY/PROJECT",
+            help="compare the runs of this W&B project too, and write a report there",
         )
         return compare(**vars(parser.parse_args(words)))
     if command == "export":

@@ -230,9 +230,9 @@ class DistillCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Tells W&B, where it is asked for, what run this is; and lets the loggers count batches as the method does."""
-        for wandb_run in self._wandb_runs():
-            wandb_run.describe(self.folder, yaml.safe_load(self.config_text))
-            wandb_run.watch_best(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it late
+        for run in self._wandb_runs():
+            run.describe(self.folder, yaml.safe_load(self.config_text))
+            run.watch_best(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it late
         model = self.model
         if self.trainer.accumulate_grad_batches > 1 and isinstance(model, Distiller):
             for logger in self.trainer.loggers:

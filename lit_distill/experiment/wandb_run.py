@@ -34,8 +34,8 @@ class WandbRun(WandbLogger):
 
     - Group, job type, tags and name are the run's experiment, stage, (domain, method, data, seed) and name.
     - The configuration is sent once, nested as it is in config.yaml.
-    - The x-axis is `iteration`, which is W&B's own step too: what is logged at one iteration is one row, and a resumed
-      run does not log again what it repeats.
+    - The x-axis is `iteration`, which is W&B's own step too: what is logged at one iteration is one row, and of what a
+      resumed run repeats W&B drops the rows that it has.
     - The summary has, as `best/<metric>`, the best value of each validation metric that a callback monitors, or whose
       name says what is good.
     - A run that is resumed goes on under the id in `wandb_id.txt` of its folder. W&B's own files lie beside it, in
@@ -56,7 +56,6 @@ class WandbRun(WandbLogger):
         self._modes: dict[str, str] = {}
         self._best: dict[str, float] = {}
         self._latest = 0
-        self._known = 0  # the first iteration that a resumed run has not told W&B before
         self._closed = False
 
     def describe(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -108,8 +107,7 @@ class WandbRun(WandbLogger):
             return
         step = step if self.counter is None else self.counter()
         self._latest = max(self._latest, step or 0)
-        if self._latest >= self._known:
-            run.log({**metrics, STEP: self._latest}, step=self._latest)
+        run.log({**metrics, STEP: self._latest}, step=self._latest)
         for key, value in metrics.items():
             if (mode := self._mode(key)) is not None:
                 best = float(value) if key not in self._best else {"min": min, "max": max}[mode](self._best[key], value)
@@ -146,10 +144,7 @@ class WandbRun(WandbLogger):
         run = wandb.init(**{**self._wandb_init, "reinit": "finish_previous", "mode": "offline" if offline else mode})
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
-        if run.disabled:
-            return run
-        self._known = run.step
-        if self.folder is not None:
+        if self.folder is not None and not run.disabled:
             self._copy(run, ["config.yaml"])
         if offline:
             rank_zero_info(
@@ -217,8 +212,9 @@ def has_key() -> bool:
     settings = wandb.setup().settings
     if settings.api_key or settings.identity_token_file or os.environ.get("WANDB_API_KEY"):
         return True
+    file = os.environ.get("NETRC") or Path.home() / ("_netrc" if os.name == "nt" else ".netrc")
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(settings.base_url).hostname or "") is not None
+        return netrc.netrc(file).authenticators(urlsplit(settings.base_url).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -273,7 +273,9 @@ def test_without_an_account_it_says_so_in_one_line(words, at_wandb, monkeypatch,
     wandb.teardown()
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lit-distill: error: --wandb team/distil needs an account at W&B, and no API key is set here;")
+    assert line.startswith(
+        "lit-distill: error: --wandb team/distil needs an account at W&B, and no API key is set here;"
+    )
     assert "wandb login" in line
 
 

@@ -263,15 +263,6 @@ class Recorder:
         self.rows.append((step, row))
 
 
-def test_a_resumed_run_does_not_tell_again_what_w_and_b_has():
-    logger = WandbRun()
-    logger._experiment, logger._known = Recorder(), 3
-    for step in (1, 2, 3, 4):
-        logger.log_metrics({"val/acc": 0.1 * step}, step)
-    assert [step for step, _ in logger.experiment.rows] == [3, 4]
-    assert logger.experiment.summary == {"best/val/acc": pytest.approx(0.4)}
-
-
 def test_what_comes_late_is_put_to_the_latest_iteration():
     logger = WandbRun()
     logger._experiment = Recorder()
