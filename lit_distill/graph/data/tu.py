@@ -24,7 +24,9 @@ class TUDataModule(GraphDataModule):
     Edges from a node to itself are left out, with a warning.
 
     Labels are counted from the smallest of the set, as torch-geometric does it: a part of a set, written out by itself,
-    may have other numbers.
+    may have other numbers. What they stand for is read from `README.txt` or `NAME_label_readme.txt` beside the files,
+    where these say so, as they do for MUTAG and PTC_MR (elements and kinds of bonds) and not for NCI1: lines of a
+    number and a name below "Node labels", "Edge labels". Pictures show the names.
 
     Args:
         root: Folder of the data.
@@ -83,6 +85,12 @@ def _read(folder: Path, name: str) -> GraphSource:
     for part in ("graph_indicator", "graph_labels"):
         if not (folder / f"{name}_{part}.txt").is_file():
             raise UsageError(f"data.root: {folder} holds no {name}_{part}.txt; a classifier needs it, so add it")
+    with (folder / f"{name}_A.txt").open(encoding="utf-8", errors="replace") as file:
+        if not any(map(str.strip, file)):
+            raise UsageError(
+                f"data.root: {folder}/{name}_A.txt is empty; graph networks learn from edges, so write them there, one "
+                "a line"
+            )
     try:
         data, slices, sizes = read_tu_data(str(folder), name)
     except (ValueError, IndexError, RuntimeError) as error:
@@ -122,7 +130,41 @@ def _read(folder: Path, name: str) -> GraphSource:
         tuple(str(number) for number in range(int(labels.max()) + 1)),
         graphs,
         attributes=data.x[:, :count] if count else None,
+        node_names=_names(folder, name, "node"),
+        edge_names=_names(folder, name, "edge"),
     )
+
+
+def _names(folder: Path, name: str, kind: str) -> tuple[str, ...]:
+    """Reads how the labels of nodes or edges are called, from the smallest on; empty if nothing says so."""
+    from torch_geometric.io import read_txt_array
+
+    texts = [folder / "README.txt", folder / f"{name}_label_readme.txt"]
+    called: dict[int, str] = {}
+    for text in texts:
+        if text.is_file():
+            called |= _called(text.read_text(encoding="utf-8", errors="replace"), kind)
+    file = folder / f"{name}_{kind}_labels.txt"
+    if not called or not file.is_file():
+        return ()
+    labels = read_txt_array(str(file), sep=",", dtype=torch.long)
+    if labels.dim() > 1:  # several labels each, which stand as one
+        return ()
+    return tuple(called.get(number, str(number)) for number in range(int(labels.min()), int(labels.max()) + 1))
+
+
+def _called(text: str, kind: str) -> dict[int, str]:
+    """Finds the lines "number name" or "name number" below a heading such as "Node labels:"."""
+    called, inside = {}, False
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) == 2 and any(word.isdecimal() for word in words):
+            number, own = words if words[0].isdecimal() else reversed(words)
+            if inside:
+                called[int(number)] = own
+        elif words and words[0] != "Component":
+            inside = line.strip().lower().startswith(f"{kind} labels")
+    return called
 
 
 def _whole_numbers(features: Tensor | None, attributes: int, count: int) -> Tensor:
