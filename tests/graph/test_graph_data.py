@@ -280,7 +280,9 @@ def test_a_set_without_any_edge_is_refused(tmp_path):
     write_tu(tmp_path / "TOY", edge_labels=False)
     for text in ("", "\n\n"):
         (tmp_path / "TOY/TOY_A.txt").write_text(text)
-        with pytest.raises(UsageError, match=r"TOY/TOY_A\.txt is empty; graph networks learn from edges, so write them"):
+        with pytest.raises(
+            UsageError, match=r"TOY/TOY_A\.txt is empty; graph networks learn from edges, so write them"
+        ):
             TUDataModule(tmp_path, "TOY").setup()
 
 
