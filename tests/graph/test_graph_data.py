@@ -186,6 +186,22 @@ def test_bins_without_a_meaning_are_refused(make_set):
         Given(graphs, split=split, attributes=attributes, bins=3).setup()
 
 
+@pytest.mark.parametrize("node_labels", [True, False])
+def test_the_last_graphs_may_have_no_edges(tmp_path, node_labels):
+    write_tu(tmp_path / "TOY", edge_labels=False, node_labels=node_labels)
+    file = tmp_path / "TOY/TOY_A.txt"
+    edges = [line for line in file.read_text().splitlines() if int(line.split(",")[0]) <= 35]  # graphs 11, 12: 36 to 42
+    file.write_text("\n".join(edges))
+    with pytest.raises(UsageError, match=r"TOY_A\.txt does not end with a line break, and its last line would be lost"):
+        TUDataModule(tmp_path, "TOY").read()
+    file.write_text("\n".join(edges) + "\n")
+    graphs = TUDataModule(tmp_path, "TOY").read().graphs
+    assert graphs.size == 12
+    assert graphs.node_start.tolist()[-3:] == [35, 38, 42]
+    assert graphs.edge_start.tolist()[-3:] == [len(edges)] * 3
+    assert int(graphs.edge_index.max()) == 34
+
+
 def test_nothing_is_downloaded_unasked(tmp_path):
     data = TUDataModule(tmp_path, "PROTEINS")
     data.prepare_data()
@@ -224,7 +240,8 @@ Component 0:
 
 Class labels were converted to integer values using this map:
 
-\t0\tgood
+\t2\tgood
+\t5\tbad
 """
 
 
@@ -286,10 +303,27 @@ def test_a_set_without_any_edge_is_refused(tmp_path):
             TUDataModule(tmp_path, "TOY").setup()
 
 
+@pytest.mark.parametrize(
+    ("part", "text", "says"),
+    [
+        ("node_labels", "0\n1\n", r"TOY_node_labels\.txt has 2 lines, TOY_graph_indicator\.txt has 42"),
+        ("node_labels", "0\n" * 42 + "word\n", r"line 43 of TOY_node_labels\.txt is 'word', numbers are expected"),
+        ("edge_labels", "0\n1\n", r"TOY_edge_labels\.txt has 2 lines, TOY_A\.txt has 60"),
+        ("A", "1, 2\n2, 1\n50, 1\n", r"TOY_A\.txt has node 50, TOY_graph_indicator\.txt has 42 lines"),
+        ("graph_labels", "good\nbad\n" * 6, r"line 1 of TOY_graph_labels\.txt is 'good', numbers are expected"),
+    ],
+)
+def test_the_line_that_is_wrong_is_named(tmp_path, part, text, says):
+    write_tu(tmp_path / "TOY", edge_labels=part == "edge_labels")
+    (tmp_path / f"TOY/TOY_{part}.txt").write_text(text)
+    with pytest.raises(RunError, match=rf"files of TOY in .* cannot be read \({says}\); correct it, or get them again"):
+        TUDataModule(tmp_path, "TOY").setup()
+
+
 def test_files_that_are_missing_or_broken_are_named(tmp_path):
     write_tu(tmp_path / "TOY")
     (tmp_path / "TOY/TOY_A.txt").write_text("1, 2\nx, y\n")
-    with pytest.raises(RunError, match=r"TOY.*cannot be read"):
+    with pytest.raises(RunError, match=r"TOY.*cannot be read \(line 2 of TOY_A\.txt is 'x, y', numbers are expected\)"):
         TUDataModule(tmp_path, "TOY").setup()
     (tmp_path / "TOY/TOY_graph_labels.txt").unlink()
     with pytest.raises(UsageError, match=r"no TOY_graph_labels\.txt"):
