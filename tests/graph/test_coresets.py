@@ -56,7 +56,12 @@ def test_graphs_of_each_class_are_chosen_by_the_network_s_readout(random_set, ki
     whole = data.source.part("train")
     own = (whole.labels == 1).nonzero()[:, 0]
     select = herding if kind is Herding else k_center
-    wanted = whole.take(own[select(embed(network, whole)[own], 3)])
+    # By hand: in eval mode, each graph is embedded as it is alone.
+    network.eval()
+    with torch.no_grad():
+        alone = torch.cat([network.embed(whole.batch(own[i : i + 1])) for i in range(len(own))])
+    torch.testing.assert_close(embed(network.train(), whole)[own], alone)
+    wanted = whole.take(own[select(alone, 3)])
     assert torch.equal(wanted.nodes, train.take(torch.tensor([3, 4, 5])).nodes)
     budget = kind(Given(random_set(count=60)), network, bytes=3000)
     assert 2000 < budget.footprint()["bytes"] <= 3000

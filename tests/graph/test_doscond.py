@@ -169,6 +169,10 @@ def test_real_graphs_are_of_the_class_and_as_many_as_asked_for(fitted, monkeypat
     assert [b.labels.tolist() for b in seen if b.edge_weight is not None] == [[0, 0], [1, 1]] * 2
     assert all(len(set(batch.index.tolist())) == 4 for batch in real)
     assert real[0].index.tolist() != real[2].index.tolist()
+    seen.clear()
+    fitted(steps=1, real_batch=4, per_class=2, match_classes=False)
+    assert [sorted(batch.labels.tolist()) for batch in seen] == [[0] * 4 + [1] * 4, [0, 0, 1, 1]]
+    assert len(set(seen[0].index.tolist())) == 8
 
 
 # ---- the module ----------------------------------------------------------------------------------------------------

@@ -186,6 +186,22 @@ def test_bins_without_a_meaning_are_refused(make_set):
         Given(graphs, split=split, attributes=attributes, bins=3).setup()
 
 
+@pytest.mark.parametrize("node_labels", [True, False])
+def test_the_last_graphs_may_have_no_edges(tmp_path, node_labels):
+    write_tu(tmp_path / "TOY", edge_labels=False, node_labels=node_labels)
+    file = tmp_path / "TOY/TOY_A.txt"
+    edges = [line for line in file.read_text().splitlines() if int(line.split(",")[0]) <= 35]  # graphs 11, 12: 36 to 42
+    file.write_text("\n".join(edges))
+    with pytest.raises(UsageError, match=r"TOY_A\.txt does not end with a line break, and its last line would be lost"):
+        TUDataModule(tmp_path, "TOY").read()
+    file.write_text("\n".join(edges) + "\n")
+    graphs = TUDataModule(tmp_path, "TOY").read().graphs
+    assert graphs.size == 12
+    assert graphs.node_start.tolist()[-3:] == [35, 38, 42]
+    assert graphs.edge_start.tolist()[-3:] == [len(edges)] * 3
+    assert int(graphs.edge_index.max()) == 34
+
+
 def test_nothing_is_downloaded_unasked(tmp_path):
     data = TUDataModule(tmp_path, "PROTEINS")
     data.prepare_data()
@@ -193,10 +209,121 @@ def test_nothing_is_downloaded_unasked(tmp_path):
         data.setup()
 
 
+NUMBER_FIRST = """(4) \tDS_node_labels.txt (n lines)
+\t5 nodes
+
+=== Description ===
+Edge labels:
+  3  double
+  2  single
+
+Node labels:
+
+  5  C
+  7  N
+
+12 others
+"""
+NAME_FIRST = """Node labels: [chem]
+
+Node labels were converted to integer values using this map:
+
+Component 0:
+N 7
+C 5
+
+Edge labels were converted to integer values using this map:
+
+Component 0:
+\t2\tsingle
+\t3\tdouble
+
+Class labels were converted to integer values using this map:
+
+\t2\tgood
+\t5\tbad
+"""
+
+
+@pytest.mark.parametrize(("file", "text"), [("README.txt", NUMBER_FIRST), ("TOY_label_readme.txt", NAME_FIRST)])
+def test_labels_are_called_what_a_file_beside_them_says(tmp_path, file, text):
+    write_tu(tmp_path / "TOY")
+    (tmp_path / "TOY" / file).write_text(text)
+    data = TUDataModule(tmp_path, "TOY", **SPLIT)
+    data.setup()
+    assert data.node_names == ("C", "6", "N")  # labels 5, 6, 7, of which one has no name
+    assert data.edge_names == ("single", "double")
+
+
+def test_labels_without_names_and_bins_have_none(tmp_path):
+    write_tu(tmp_path / "TOY", attributes=True)
+    for text, bins, names in ((NUMBER_FIRST, 2, ()), ("Node labels are numbers.\n", None, ())):
+        (tmp_path / "TOY/README.txt").write_text(text)
+        data = TUDataModule(tmp_path, "TOY", bins=bins, **SPLIT)
+        data.setup()
+        assert data.node_names == names
+    write_tu(tmp_path / "BARE", name="BARE", node_labels=False)
+    (tmp_path / "BARE/README.txt").write_text(NUMBER_FIRST)
+    data = TUDataModule(tmp_path, "BARE", **SPLIT)
+    data.setup()
+    assert (data.node_names, data.edge_names) == ((), ("single", "double"))  # nodes have their degree
+    lines = (tmp_path / "TOY/TOY_node_labels.txt").read_text().split()
+    (tmp_path / "TOY/TOY_node_labels.txt").write_text("".join(f"{line}, 5\n" for line in lines))
+    (tmp_path / "TOY/README.txt").write_text(NUMBER_FIRST)
+    data = TUDataModule(tmp_path, "TOY", **SPLIT)
+    data.setup()
+    assert data.node_names == ()  # two labels each, which stand as one
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/tu is not there")
+@pytest.mark.parametrize(("name", "carbon"), [("MUTAG", 0), ("PTC_MR", 5), ("NCI1", None)])
+def test_published_sets_of_molecules_have_names_where_they_say_so(name, carbon):
+    data = TUDataModule(SHARED, name)
+    data.setup()
+    if carbon is None:
+        assert (data.node_names, data.edge_names) == ((), ())
+        return
+    train = data.part("train")
+    assert int(train.nodes[:, 0].bincount().argmax()) == carbon == data.node_names.index("C")
+    assert len(data.node_names) == data.node_values[0]
+    # Chlorine has one neighbor, by a single bond.
+    assert set(data.edge_names) == {"aromatic", "single", "double", "triple"}
+    chlorine = (train.nodes[train.edge_index[0], 0] == data.node_names.index("Cl")).nonzero()[:, 0]
+    assert len(chlorine) == len(train.edge_index[0, chlorine].unique()) > 0
+    assert {data.edge_names[kind] for kind in train.edges[chlorine, 0].tolist()} == {"single"}
+
+
+def test_a_set_without_any_edge_is_refused(tmp_path):
+    write_tu(tmp_path / "TOY", edge_labels=False)
+    for text in ("", "\n\n"):
+        (tmp_path / "TOY/TOY_A.txt").write_text(text)
+        with pytest.raises(
+            UsageError, match=r"TOY/TOY_A\.txt is empty; graph networks learn from edges, so write them"
+        ):
+            TUDataModule(tmp_path, "TOY").setup()
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "says"),
+    [
+        ("node_labels", "0\n1\n", r"TOY_node_labels\.txt has 2 lines, TOY_graph_indicator\.txt has 42"),
+        ("node_labels", "0\n" * 42 + "word\n", r"line 43 of TOY_node_labels\.txt is 'word', numbers are expected"),
+        ("edge_labels", "0\n1\n", r"TOY_edge_labels\.txt has 2 lines, TOY_A\.txt has 60"),
+        ("A", "1, 2\n2, 1\n50, 1\n", r"TOY_A\.txt has node 50, TOY_graph_indicator\.txt has 42 lines"),
+        ("graph_labels", "good\nbad\n" * 6, r"line 1 of TOY_graph_labels\.txt is 'good', numbers are expected"),
+    ],
+)
+def test_the_line_that_is_wrong_is_named(tmp_path, part, text, says):
+    write_tu(tmp_path / "TOY", edge_labels=part == "edge_labels")
+    (tmp_path / f"TOY/TOY_{part}.txt").write_text(text)
+    with pytest.raises(RunError, match=rf"files of TOY in .* cannot be read \({says}\); correct it, or get them again"):
+        TUDataModule(tmp_path, "TOY").setup()
+
+
 def test_files_that_are_missing_or_broken_are_named(tmp_path):
     write_tu(tmp_path / "TOY")
     (tmp_path / "TOY/TOY_A.txt").write_text("1, 2\nx, y\n")
-    with pytest.raises(RunError, match=r"TOY.*cannot be read"):
+    with pytest.raises(RunError, match=r"TOY.*cannot be read \(line 2 of TOY_A\.txt is 'x, y', numbers are expected\)"):
         TUDataModule(tmp_path, "TOY").setup()
     (tmp_path / "TOY/TOY_graph_labels.txt").unlink()
     with pytest.raises(UsageError, match=r"no TOY_graph_labels\.txt"):

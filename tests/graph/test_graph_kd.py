@@ -6,7 +6,7 @@ from torch_geometric.nn.models import GIN
 
 from lit_distill.core import Linear
 from lit_distill.core.errors import UsageError
-from lit_distill.graph import KD, DeepSets, GraphNetwork
+from lit_distill.graph import KD, DeepSets, GraphClassifier, GraphNetwork
 
 
 def gin(seed=0, **kwargs):
@@ -39,6 +39,17 @@ def test_a_student_of_the_teacher_alone_agrees_with_it(trainer, data):
     result = fit.test(module, datamodule=data, verbose=False)[0]
     assert result["test/agreement"] >= 0.85
     assert {"test/teacher_acc", "test/auroc"} <= set(result)
+
+
+def test_without_a_weight_for_the_teacher_it_is_plain_training(trainer, data):
+    plain, module = GraphClassifier(gin()), KD(gin(), gin(1), kd_weight=0.0, label_weight=1.0)
+    for own in (plain, module):
+        own.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+        trainer(max_epochs=3).fit(own, datamodule=data)
+    assert set(module.terms) == {"ce"}
+    for a, b, first in zip(*(own.student.parameters() for own in (plain, module)), gin().parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, first)
 
 
 def test_schedules_are_followed(trainer, data):

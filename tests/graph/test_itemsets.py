@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,11 @@ import pytest
 from mlxtend.frequent_patterns import fpgrowth, fpmax
 
 from lit_distill.core.errors import UsageError
+from lit_distill.graph.data import TUDataModule
 from lit_distill.graph.itemsets import frequent_itemsets
+from lit_distill.graph.trees import computation_trees
+
+SHARED = Path(__file__).parents[3] / "shared/data/tu"
 
 
 def pairs(transactions):
@@ -49,6 +54,19 @@ def test_they_are_those_of_mlxtend(kind, miner):
     assert dict(frequent_itemsets(*np.nonzero(table), 30, kind=kind)) == wanted
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/tu is not there")
+def test_mutagens_have_179_frequent_sets_of_trees_where_the_public_code_s_miner_finds_175():
+    graphs = TUDataModule(SHARED, "MUTAG").read().graphs
+    _, trees = computation_trees(graphs.nodes[:, 0].numpy(), graphs.edge_index.numpy(), graphs.edges[:, 0].numpy(), 2)
+    own = (graphs.labels == 1)[graphs.graph()].numpy()
+    found = dict(frequent_itemsets(graphs.graph().numpy()[own], trees[own], 37))
+    assert len(found) == 179
+    table = pd.crosstab(graphs.graph().numpy()[own], trees[own]).astype(bool)
+    theirs = fpgrowth(table, min_support=(37 - 1e-6) / len(table), use_colnames=True)
+    assert found == {tuple(sorted(row.itemsets)): round(row.support * len(table)) for row in theirs.itertuples()}
+    assert all(found[rest] >= n for s, n in found.items() for rest in itertools.combinations(s, len(s) - 1) if rest)
+
+
 def test_the_boundary_counts_and_repeats_do_not():
     transactions, items = np.array([0, 0, 0, 1, 2]), np.array([7, 7, 8, 7, 8])
     assert frequent_itemsets(transactions, items, 2) == [((7,), 2), ((8,), 2)]
@@ -75,6 +93,8 @@ def test_an_explosion_stops_at_the_bound_and_closed_sets_have_none():
         frequent_itemsets(*transactions, 4, max_itemsets=1000)
     assert frequent_itemsets(*transactions, 4, kind="closed") == [(tuple(range(60)), 4)]
     assert len(frequent_itemsets(*pairs([{1}, {2}, {3}]), 1, max_itemsets=3)) == 3
+    with pytest.raises(UsageError, match="more than 2 itemsets"):
+        frequent_itemsets(*pairs([{1}, {2}, {3}]), 1, max_itemsets=2)
 
 
 def test_a_support_below_one_is_refused():

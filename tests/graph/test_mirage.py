@@ -1,5 +1,6 @@
 import itertools
 import json
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -56,6 +57,11 @@ def test_it_keeps_the_frequent_sets_of_trees_of_each_class(random_set, kinds):
         }
         assert own == expected(graphs, number, least, 1)
         assert len(own) >= 2
+
+
+def test_a_share_that_is_a_whole_number_of_graphs_is_that_number(random_set):
+    assert 0.28 * 25 > 7  # in floating point
+    assert distilled(random_set(count=50, nodes=6, labels=2), (0.28, 0.3)).description["min_support"] == [7, 8]
 
 
 def test_synthetic_graphs_are_trees_side_by_side_with_their_roots_marked(random_set):
@@ -140,6 +146,12 @@ def test_several_node_features_are_one_label(make_set):
     trees = {written(found, tree) for tree in range(len(found.tree_start) - 1)}
     assert ((0, 1), (((), ((1, 0), ())),)) in trees
     assert found.nodes.shape[1] == 2
+
+
+def test_a_root_has_no_edge_to_a_parent_whatever_labels_there_are(make_set):
+    pair = ([0, 1], [(0, 1)], [1])  # no edge has label 0
+    found = distilled(make_set([pair] * 4, [0, 0, 1, 1]))
+    assert found.edges[:, 0].tolist() == (found.parent >= 0).long().tolist() == [0, 1, 0, 1]
 
 
 def test_exclusive_leaves_out_what_two_classes_share(random_set):
@@ -255,6 +267,10 @@ def test_the_set_alone_trains_another_network(random_set, trainer, tmp_path):
 def test_more_layers_than_hops_are_warned_of(random_set, trainer):
     with pytest.warns(UserWarning, match=r"data\.depth is 1 and the student has 2 layers"):
         trainer().fit(GraphClassifier(gin(2)), datamodule=Mirage(source(random_set), depth=1, threshold=0.4))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer().fit(GraphClassifier(gin(1)), datamodule=Mirage(source(random_set), depth=1, threshold=0.4))
+    assert not any("data.depth" in str(warning.message) for warning in seen)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

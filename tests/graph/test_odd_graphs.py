@@ -53,6 +53,8 @@ def test_random_graphs_may_be_single_nodes(make_set, trainer):
     train = data.part("train")
     assert train.node_start.diff().tolist() == [1, 3, 1]  # a second atom fits, a second salt does not
     assert data.footprint()["bytes"] == 4 + 28 + 4
+    exact = RandomSubset(halves([ATOM, SALT] * 8, [0, 1] * 8, make_set), bytes=2 * (4 + 28))
+    assert exact.footprint()["bytes"] == 2 * (4 + 28)  # what fits to the byte fits
     assert 0 <= fit.test(module, datamodule=data, verbose=False)[0]["test/acc"] <= 1
 
 

@@ -306,7 +306,7 @@ def test_without_a_run_no_picture_is_kept(given):
 
 def test_names_reach_the_picture(given, tmp_path):
     data = Mirage(given(), depth=1, threshold=0.4)
-    data.source.node_names = ("left", "right")
+    data.source.given = data.source.given._replace(node_names=("left", "right"))
     data.setup()
     assert data.node_names == ("left", "right")
     panel = save_picture(tmp_path, data.distilled, data.source)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -7,7 +9,10 @@ from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph import trees as module
+from lit_distill.graph.data import TUDataModule
 from lit_distill.graph.trees import computation_trees, computation_trees_by_graph, ranges
+
+SHARED = Path(__file__).parents[3] / "shared/data/tu"
 
 
 def trees_of(graphs, depth):
@@ -54,8 +59,8 @@ def test_the_partition_is_that_of_weisfeiler_and_leman(random_set):
     assert same_partition(trees_of(graphs, 3)[1].tolist(), colors.tolist())
 
 
-def test_with_edge_labels_too(random_set):
-    graphs = random_set(kinds=3)
+def hashes_of_nodes(graphs, rounds):
+    """Colors of nodes that see the labels of edges, by networkx."""
     drawn = nx.Graph()
     drawn.add_nodes_from((node, {"label": str(label)}) for node, label in enumerate(graphs.nodes[:, 0].tolist()))
     drawn.add_edges_from(
@@ -63,10 +68,34 @@ def test_with_edge_labels_too(random_set):
         for (u, v), kind in zip(graphs.edge_index.T.tolist(), graphs.edges[:, 0].tolist(), strict=True)
     )
     hashes = nx.weisfeiler_lehman_subgraph_hashes(
-        drawn, edge_attr="kind", node_attr="label", iterations=3, digest_size=16, include_initial_labels=True
+        drawn, edge_attr="kind", node_attr="label", iterations=rounds, digest_size=16, include_initial_labels=True
     )
-    last = [hashes[node][-1] for node in range(len(graphs.nodes))]
-    assert same_partition(trees_of(graphs, 3)[1].tolist(), last)
+    return [hashes[node][-1] for node in range(len(graphs.nodes))]
+
+
+def test_with_edge_labels_too(random_set):
+    graphs = random_set(kinds=3)
+    assert same_partition(trees_of(graphs, 3)[1].tolist(), hashes_of_nodes(graphs, 3))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/tu is not there")
+def test_molecules_have_the_trees_of_both_and_their_roots_the_embeddings_of_nodes():
+    graphs = TUDataModule(SHARED, "MUTAG").read().graphs
+    colors = graphs.nodes[:, 0]
+    for _ in range(3):
+        colors = WLConv()(colors, graphs.edge_index)
+    _, plain = computation_trees(graphs.nodes[:, 0].numpy(), graphs.edge_index.numpy(), None, 3)
+    assert same_partition(plain.tolist(), colors.tolist())
+    table, ids = trees_of(graphs, 3)
+    assert same_partition(ids.tolist(), hashes_of_nodes(graphs, 3))
+    assert (len(set(plain.tolist())), len(set(ids.tolist()))) == (572, 796)
+    some = graphs.take(torch.arange(20))
+    for kind, exact in ((GIN, True), (GraphSAGE, True), (GAT, True), (GCN, False)):
+        network = kind(7, 8, 3).double().eval()
+        with torch.no_grad():
+            wanted = network(torch.nn.functional.one_hot(some.nodes[:, 0], 7).double(), some.edge_index)
+            found = torch.stack([root_embedding(network, table.expand(int(tree)), 7) for tree in ids[: len(wanted)]])
+        assert (float((found - wanted).abs().max()) < 1e-12) is exact
 
 
 def test_a_tree_written_out_is_the_definition_and_as_large_as_said(random_set):
@@ -85,6 +114,11 @@ def test_a_tree_written_out_is_the_definition_and_as_large_as_said(random_set):
         assert rebuilt(0) == wanted
 
 
+def root_embedding(network, tree, labels):
+    edges = torch.tensor(np.stack([np.arange(1, len(tree.parent)), tree.parent[1:]]))
+    return network(torch.nn.functional.one_hot(torch.tensor(tree.label), labels).double(), edges)[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "exact"), [(GIN, True), (GraphSAGE, True), (GAT, True), (GCN, False)], ids=["GIN", "SAGE", "GAT", "GCN"]
 )
@@ -97,10 +131,8 @@ def test_a_root_has_the_embedding_of_its_node(random_set, kind, exact):
         table, ids = trees_of(graphs, 3)
         largest = 0.0
         for node in range(len(graphs.nodes)):
-            tree = table.expand(int(ids[node]))
-            edges = torch.tensor(np.stack([np.arange(1, len(tree.parent)), tree.parent[1:]]))
-            features = torch.nn.functional.one_hot(torch.tensor(tree.label), 4).double()
-            largest = max(largest, float((network(features, edges)[0] - wanted[node]).abs().max()))
+            found = root_embedding(network, table.expand(int(ids[node])), 4)
+            largest = max(largest, float((found - wanted[node]).abs().max()))
     assert (largest < 1e-12) is exact
     assert exact or largest > 1e-3
 

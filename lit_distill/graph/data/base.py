@@ -25,6 +25,8 @@ class GraphSource(NamedTuple):
         attributes: Continuous node attributes, (n, a), which `bins` makes whole numbers of.
         node_values: Number of values of each node feature, where more are known than the graphs have.
         edge_values: The same of each edge feature.
+        node_names: How the values of a single node feature read, where that is known.
+        edge_names: The same of a single edge feature.
     """
 
     classes: tuple[str, ...]
@@ -33,6 +35,8 @@ class GraphSource(NamedTuple):
     attributes: Float[Tensor, "n a"] | None = None
     node_values: tuple[int, ...] | None = None
     edge_values: tuple[int, ...] | None = None
+    node_names: tuple[str, ...] = ()
+    edge_names: tuple[str, ...] = ()
 
 
 class GraphDataModule(EpochDataModule[GraphSet]):
@@ -59,13 +63,15 @@ class GraphDataModule(EpochDataModule[GraphSet]):
     Attributes:
         node_values: Number of values of each node feature in all parts, known after `setup`.
         edge_values: The same of each edge feature.
+        node_names: How the values of a single node feature read, in pictures; empty where that is not known.
+        edge_names: The same of a single edge feature.
     """
 
     drop_last = False
     node_values: tuple[int, ...]
     edge_values: tuple[int, ...]
-    node_names: tuple[str, ...] = ()  # how the values of a single feature read, in pictures
-    edge_names: tuple[str, ...] = ()
+    node_names: tuple[str, ...]
+    edge_names: tuple[str, ...]
 
     def __init__(self, val_share: float = 0.1, test_share: float = 0.1, bins: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -117,6 +123,8 @@ class GraphDataModule(EpochDataModule[GraphSet]):
         known = source.node_values or ()
         self.node_values = known + _values(graphs.nodes)[len(known) :]  # behind them, bins
         self.edge_values = source.edge_values or _values(graphs.edges)
+        self.node_names = source.node_names if self.bins is None else ()  # bins are further features
+        self.edge_names = source.edge_names
         parts = {name: graphs.take(index) for name, index in split.items() if len(index)}
         if missing := _missing(parts["train"], self.classes):
             raise UsageError(

@@ -27,9 +27,6 @@ class SolubilityDataModule(GraphDataModule):
         kwargs: See `GraphDataModule`; `test_share` and `root` have no effect.
     """
 
-    node_names = ELEMENTS
-    edge_names = BONDS
-
     def __init__(self, bonds: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bonds = bonds
@@ -49,7 +46,7 @@ class SolubilityDataModule(GraphDataModule):
         order = pool[stratified_order(labels[pool], self.split_seed)]
         val = round(self.val_share * len(pool))
         split = {"train": order[val:], "val": order[:val], "test": of_test.nonzero()[:, 0]}
-        return GraphSource(tuple(names), graphs, split)
+        return GraphSource(tuple(names), graphs, split, node_names=ELEMENTS, edge_names=BONDS)
 
 
 def molecule_graphs(molecules: Sequence[Any], labels: Tensor, *, bonds: bool = True) -> GraphSet:

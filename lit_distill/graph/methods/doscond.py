@@ -31,17 +31,18 @@ class DosCond(GraphSynthesizer):
 
     Real and synthetic graphs go through the same network, the latter as complete graphs whose edges have weights: for a
     GCN that is the dense computation. The public network takes one-hot node labels, here they are embedded first, as
-    everywhere; so the gradient has one more part. The term of propagated features that the code adds for one data set
-    is left out.
+    everywhere; so the gradient has one more part. It has a ReLU behind its last layer, too, which the networks of
+    torch-geometric have not, and a single logit for the classes of ogb's sets. The term of propagated features that the
+    code adds for one data set is left out.
 
     Args:
         student: The `GraphNetwork` whose gradients are matched, and which is trained on the result. It must take edge
             weights, as GCN does. While gradients are matched dropout is off, and batch normalization has no statistics.
         metric: D, see `gradient_distance`.
         sparsity_weight: beta.
-        real_batch: Real graphs drawn for each gradient; a class that has fewer is taken whole.
+        real_batch: Real graphs of each class drawn for a gradient; a class that has fewer is taken whole.
         match_classes: Whether each class has a gradient of its own; otherwise one gradient is that of all classes
-            together, as the public code has it for ogbg-molbace.
+            together, with as many graphs of each, as the public code has it for ogbg-molbace.
         kwargs: See `GraphSynthesizer`.
     """
 
@@ -75,20 +76,19 @@ class DosCond(GraphSynthesizer):
         self._pools = self._matched()
         self._real: GraphSet | None = None
 
-    def _matched(self) -> list[tuple[Int[Tensor, " n"], Int[Tensor, " m"]]]:
+    def _matched(self) -> list[tuple[list[Int[Tensor, " _"]], Int[Tensor, " m"]]]:
+        """Lists what is compared: real graphs, those of a class together, and the synthetic graphs beside them."""
         real, synthetic = self._data().train_labels(), self.synthetic.labels
+        classes = [(real == number).nonzero()[:, 0] for number in range(self.num_classes)]
         if not self.match_classes:
-            return [(torch.arange(len(real)), torch.arange(len(synthetic)))]
-        return [
-            ((real == number).nonzero()[:, 0], (synthetic == number).nonzero()[:, 0])
-            for number in range(self.num_classes)
-        ]
+            return [(classes, torch.arange(len(synthetic)))]
+        return [([own], (synthetic == number).nonzero()[:, 0]) for number, own in enumerate(classes)]
 
     def on_train_start(self) -> None:
         """Puts the real graphs where the training is."""
         super().on_train_start()
         self._real = self._data().part("train").to(self.device)
-        self._pools = [(real, synthetic.to(self.device)) for real, synthetic in self._pools]
+        self._pools = [(classes, synthetic.to(self.device)) for classes, synthetic in self._pools]
 
     def training_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
         """Draws weights, edges and real graphs, and compares gradients."""
@@ -97,8 +97,8 @@ class DosCond(GraphSynthesizer):
         synthetic = self.synthetic
         adjacency = synthetic.adjacency(annealed_temperature(self.iteration))
         distances = []
-        for pool, own in self._pools:
-            drawn = pool[torch.randperm(len(pool))[: self.real_batch]].to(self.device)
+        for classes, own in self._pools:
+            drawn = torch.cat([pool[torch.randperm(len(pool))[: self.real_batch]] for pool in classes]).to(self.device)
             target = self.gradient(self._real.batch(drawn))
             matched = self.gradient(synthetic.batch(own, adjacency[own]), create_graph=True)
             distances.append(gradient_distance(matched, target, metric=self.metric))

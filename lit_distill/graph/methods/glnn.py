@@ -31,7 +31,8 @@ class GLNN(NodeClassifier):
     step draws as many labelled ones, or takes all if there are fewer.
 
     This is the paper's sum. The public code takes turns instead: an epoch of steps along the first term, then one along
-    the second, each scaled by its weight; and its lambda is 0, as here.
+    the second, each scaled by its weight; and its lambda is 0, as here, where weight decay and the averages of Adam are
+    all that the first steps then do.
 
     Args:
         student: The network to train, without edges, such as `torch_geometric.nn.models.MLP`.

@@ -30,7 +30,9 @@ class KiDD(GraphSynthesizer):
     K is the LiteGNTK, the tangent kernel of a wide graph network with one nonlinearity (`lite_gntk`), so that what a
     network would learn from the synthetic graphs S is known in closed form, and no network is trained for it. A step
     takes a batch T of real graphs from the data module and some of the synthetic ones, whose adjacency is drawn from
-    the logits as in DosCond. After it, features and logits are clamped to [0, 1], as in the public code.
+    the logits as in DosCond: symmetric and without a diagonal. The public code draws edges from a node to itself, too,
+    and lets the two directions of an edge part as they are learned. After the step features and logits are clamped to
+    [0, 1], as there.
 
     So where there is no edge the logit becomes 0, an edge drawn with probability one half; the set that is kept has
     edges above one half. From the second step on, training sees graphs that are half full or more, and what is kept is

@@ -20,7 +20,8 @@ class LSP(GraphDistiller):
 
     P is made of the embeddings that are read out (see `local_structure_kl`), so that no projector is needed. The paper
     classifies nodes and compares a middle layer; here graphs are classified, and V are the nodes of a batch. A student
-    that sees no edges is compared along the edges that the data have.
+    that sees no edges is compared along the edges that the data have. The public code has the structure term for the
+    first 30 of 500 epochs alone, and no logits of the teacher; the `Steps` schedule does the former.
 
     Args:
         student: The `GraphNetwork` to train.
