@@ -15,8 +15,8 @@ from lit_distill.cli import main
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.experiment import wandb_runs
 from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.formats import markdown as markdown_table
 from lit_distill.experiment.runs import find_runs
-from lit_distill.experiment.tables import markdown_table
 from lit_distill.experiment.wandb_runs import fetch, mirror_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # W&B's library for reports
