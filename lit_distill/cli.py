@@ -77,7 +77,7 @@ def _dispatch(command: str, words: list[str]) -> int:
 
         parser.description = "Compare finished runs: mean and spread over seeds, paired difference to a baseline."
         parser.add_argument("dirs", nargs="+", metavar="DIR", help="run folders, or folders that hold run folders")
-        parser.add_argument("--metric", default="test/acc", help="the metric compared (default: %(default)s)")
+        parser.add_argument("--metric", help="the metric compared (default: that of a sweep, otherwise test/acc)")
         parser.add_argument("--baseline", help="stage the others are compared with (default: the stage 'baseline')")
         parser.add_argument("--html", metavar="FILE", help="write the dashboard, one self-contained page")
         parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON")

@@ -424,7 +424,7 @@ def _listed(words: Iterable[str]) -> str:
 
 def compare(
     dirs: list[str],
-    metric: str = "test/acc",
+    metric: str | None = None,
     baseline: str | None = None,
     html: str | None = None,
     json: str | None = None,
@@ -434,7 +434,7 @@ def compare(
 
     Args:
         dirs: Folders that hold runs, at any depth.
-        metric: The figure in which differences are taken.
+        metric: The figure in which differences are taken; that of a sweep, or else `test/acc`, if None.
         baseline: Stage or row to compare with; by default the stage named `baseline`.
         html: Where to write the dashboard, one self-contained page.
         json: Where to write the numbers.
@@ -454,7 +454,11 @@ def compare(
     runs = find_runs(dirs)
     if not runs:
         raise UsageError(f"no runs under {_listed(map(str, dirs))}; a run is a folder with config.yaml or summary.json")
-    comparison = compare_runs(runs, metric, baseline)
+    from lit_distill.experiment.sweep.figures import sweep_figures, sweep_metric
+
+    comparison = compare_runs(runs, metric or sweep_metric(runs) or "test/acc", baseline)
+    sweep, notes = sweep_figures(comparison)
+    comparison = replace(comparison, notes=(*comparison.notes, *notes))
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -478,6 +482,6 @@ def compare(
     if html is not None:
         from lit_distill.experiment.dashboard import write_dashboard
 
-        write_dashboard(comparison, html)
+        write_dashboard(comparison, html, sweep)
         console.print(Text(f"dashboard: {html}"), soft_wrap=True)
     return 0

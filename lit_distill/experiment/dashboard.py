@@ -89,20 +89,21 @@ class Figure:
     kind: str = ""
 
 
-def write_dashboard(comparison: Comparison, path: str | Path) -> None:
+def write_dashboard(comparison: Comparison, path: str | Path, extra: Sequence[Figure] = ()) -> None:
     """Writes the page.
 
     Args:
         comparison: What to show.
         path: The HTML file; links to run folders are relative to it.
+        extra: Figures to show before the comparison's own, such as those of a sweep.
 
     Raises:
         RunError: The file cannot be written.
     """
-    write_text(path, render(comparison, Path(path).parent))
+    write_text(path, render(comparison, Path(path).parent, extra))
 
 
-def render(comparison: Comparison, folder: Path) -> str:
+def render(comparison: Comparison, folder: Path, extra: Sequence[Figure] = ()) -> str:
     """The page as text, for a file that will lie in `folder`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -118,7 +119,7 @@ def render(comparison: Comparison, folder: Path) -> str:
     notes = list(comparison.notes)
     if len(drawn) < len(comparison.groups):
         notes.append(f"figures show {len(drawn)} of {len(comparison.groups)} rows: the baseline and the best")
-    figures = [
+    figures = [*extra] + [
         figure
         for draw in (dot_plot, difference_plot, learning_curves, size_plot)
         if (figure := draw(comparison, drawn, looks)) is not None

@@ -16,7 +16,7 @@ from lit_distill.core.errors import RunError, UsageError
 from lit_distill.experiment.processes import QUIET, Starter, device, find_gpus, last_error
 from lit_distill.experiment.runs import read_run
 from lit_distill.experiment.sweep.file import Sweep
-from lit_distill.experiment.sweep.record import COMPLETE, FAILED, STOPPED, Record, short_names, show_value
+from lit_distill.experiment.sweep.record import COMPLETE, FAILED, STOPPED, Record, described
 from lit_distill.experiment.sweep.search import Search, trial_name
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MOST_FAILURES = 3  # in a row; W&B's agents give up after as many at their start
 _POLL_SECONDS = 0.5  # between looks at the metrics of running trials
 _PATIENCE = 30.0  # seconds that a stopped run has to end by itself, as with W&B's agents
-_SEED = "seed_everything"  # not part of a label, so that the comparison takes means over it
+_SEED = "seed_everything"
 _STARTS = (["lit-distill"], ["python", "-m", "lit_distill"], ["python3", "-m", "lit_distill"])
 
 
@@ -144,7 +144,7 @@ class _Runner:
         fit, *rest = fit_words(self.sweep, values)
         where = [f"--run.root={self.folder.parent}", f"--run.experiment={self.folder.name}", f"--run.name={name}"]
         # The number of threads comes first, so that the file may say otherwise.
-        return [fit, "--run.threads=1", *rest, *where, f"--run.stage={label(self.sweep, values)}"]
+        return [fit, "--run.threads=1", *rest, *where, f"--run.stage={stage(self.sweep, values, name)}"]
 
     def _watch(self, flight: _Flight) -> None:
         """Ends a running trial that is not worth its time."""
@@ -190,8 +190,9 @@ class _Runner:
         return read_run(self.folder / flight.name).history().get(self.sweep.metric, ([], []))[1]
 
     def _say(self, flight: _Flight, line: str, file: Any = None) -> None:
-        values = label(self.sweep, self.search.values(flight.trial))
-        print(f"[{self.search.done}/{self.search.count}] {flight.name} ({values}): {line}", file=file, flush=True)
+        values = self.search.values(flight.trial)
+        text = described({p.name: values[p.name] for p in self.sweep.parameters if p.varies})
+        print(f"[{self.search.done}/{self.search.count}] {flight.name} ({text}): {line}", file=file, flush=True)
 
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.txt"
@@ -214,12 +215,12 @@ def fit_words(sweep: Sweep, values: Mapping[str, Any]) -> list[str]:
     )
 
 
-def label(sweep: Sweep, values: Mapping[str, Any]) -> str:
-    """What a trial is called in the comparison: its parameters, without the seed."""
-    varying = [p.name for p in sweep.parameters if p.varies and p.name != _SEED]
-    short = short_names(varying)
-    text = ", ".join(f"{short[name]} {show_value(values[name])}" for name in varying)
-    return text.replace("${", "{") or "trial"  # the command line would look for what ${ names
+def stage(sweep: Sweep, values: Mapping[str, Any], name: str) -> str:
+    """What a trial is called in the comparison: name and parameters, or where seeds vary, whatever else does."""
+    varying = [parameter.name for parameter in sweep.parameters if parameter.varies]
+    text = described({key: values[key] for key in varying if key != _SEED})
+    # The command line would look for what ${ names.
+    return (text or sweep.name if _SEED in varying else f"{name} ({text})").replace("${", "{")
 
 
 def _domains(sweep: Sweep) -> list[str]:

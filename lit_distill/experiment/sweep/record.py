@@ -98,3 +98,9 @@ def show_value(value: Any) -> str:
     """A value in a few characters."""
     text = f"{value:.3g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Parameters in a line: `temperature 3.9, lr 0.0135`."""
+    short = short_names(list(values))
+    return ", ".join(f"{short[name]} {show_value(value)}" for name, value in values.items())
