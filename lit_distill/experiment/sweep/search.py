@@ -1,6 +1,7 @@
 """What a local sweep tries next, and what it knows: optuna's study in the sweep's folder, and sweep.json made of it."""
 
 import json
+import os
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -212,15 +213,25 @@ def _check_optuna() -> None:
 
 def _open_study(sweep: Sweep, folder: Path) -> "Study":
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if sweep.halving is not None:
         first, factor = sweep.halving.first, sweep.halving.factor
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=factor)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / 'optuna.db').resolve()}")
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(_whole_journal(folder / "optuna.log"))))
     return optuna.create_study(
         storage=storage, study_name=sweep.name, direction=sweep.goal, pruner=pruner, load_if_exists=True
     )
+
+
+def _whole_journal(path: Path) -> Path:
+    """Takes from the journal what a kill leaves: half a line, and a lock. Nobody else has the folder now."""
+    if path.is_file():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    return path
 
 
 def _sampler(method: str, number: int, parallel: bool = False) -> Any:
