@@ -44,6 +44,9 @@ def scripted(words, log, environ, call):
         note("check", options["run.name"])
         os._exit(0)
     folder = Path(options["run.root"]) / options["run.experiment"] / options["run.name"]
+    if (folder / "summary.json").exists():
+        note("finished", folder.name)
+        os._exit(0)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"run": options}))
     file = folder / "metrics.csv"
@@ -55,8 +58,8 @@ def scripted(words, log, environ, call):
         lines.append(f"{step},0,{accuracy}")
         file.with_suffix(".new").write_text("\n".join(lines) + "\n")
         file.with_suffix(".new").replace(file)
-        if accuracy <= float(os.environ.get("HOPELESS", "-1")):
-            time.sleep(60)  # long enough to be stopped
+        if options["acc"] in os.environ.get("HOPELESS", "").split():
+            time.sleep(float(os.environ.get("WAIT", "60")))  # long enough to be stopped
     if accuracy <= float(os.environ.get("BROKEN", "-1")):
         Path(log).write_text("lit-distill: error: train/loss is nan\n")
         os._exit(1)
@@ -82,19 +85,14 @@ def events(kind):
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch, tmp_path):
-    class Forks:
+    def forks(starter, preload=()):
         """Starts runs by a plain fork, so that it is the script above that runs."""
-
-        Process = multiprocessing.get_context("fork").Process
-
-        @staticmethod
-        def set_forkserver_preload(modules):
-            pass
+        starter._context = multiprocessing.get_context("fork")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(processes, "_child", scripted)
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: Forks)
+    monkeypatch.setattr(processes.Starter, "__init__", forks)
     monkeypatch.setattr(local, "find_gpus", list)
     monkeypatch.setattr(local, "_POLL_SECONDS", 0.02)
 
@@ -174,12 +172,10 @@ def test_bayes_comes_closer_than_chance(run):
 
 
 def test_bad_trials_are_stopped_by_the_values_that_they_have_logged(run, monkeypatch, capsys):
-    # Of n values at a rung the best floor(n / 2) pass, at least one:
-    # 0.5 passes alone; 0.9 is the best of 2; 0.1 is not of 3; 0.95 is of the 2 best of 4; 0.93 of 5; 0.2 is not of 6.
-    monkeypatch.setenv("HOPELESS", "0.2")
+    # Of n values at a rung the best floor(n / 2) pass, at least one: 0.5 passes alone; 0.9 is the best of 2; 0.1 is not
+    # of 3; 0.95 is one of the 2 best of 4; 0.93 is third of 5, where 2 pass; 0.2 is fifth of 6, where 3 do.
+    monkeypatch.setenv("HOPELESS", "0.1 0.93 0.2")
     expected = ["complete", "complete", "stopped early", "complete", "stopped early", "stopped early"]
-    # 0.93 is third of five, and two pass: it logs its values too fast to be stopped, unless it waits.
-    monkeypatch.setenv("SECONDS", "0.2")
     assert run(GRID | {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2}}) == 0
     assert list(states().values()) == expected
     assert events("end") == ["t000", "t001", "t003"]
@@ -190,8 +186,7 @@ def test_bad_trials_are_stopped_by_the_values_that_they_have_logged(run, monkeyp
 
 
 def test_the_goal_decides_which_are_bad(run, monkeypatch):
-    monkeypatch.setenv("SECONDS", "0.1")
-    monkeypatch.setenv("VALUES", "4")
+    monkeypatch.setenv("HOPELESS", "0.9")
     content = GRID | {
         "metric": {"name": "val/acc", "goal": "minimize"},
         "parameters": {"acc": {"values": [0.5, 0.9, 0.1]}},
@@ -203,11 +198,12 @@ def test_the_goal_decides_which_are_bad(run, monkeypatch):
 
 
 def test_the_last_values_stop_nothing(run, monkeypatch):
-    monkeypatch.setenv("SECONDS", "0.05")
-    run(GRID | {"early_terminate": {"type": "hyperband", "max_iter": 2, "s": 1, "eta": 2}, "name": "first"})
-    assert "stopped early" in states("first").values()
+    monkeypatch.setenv("HOPELESS", "0.1")
+    monkeypatch.setenv("WAIT", "2")
+    run(GRID | {"early_terminate": {"type": "hyperband", "max_iter": 2, "s": 1, "eta": 2}}, name="first", count=3)
+    assert list(states("first").values()) == ["complete", "complete", "stopped early"]
     # Two values are looked at after 3 of 6: never.
-    run(GRID | {"early_terminate": {"type": "hyperband", "max_iter": 6, "s": 1, "eta": 2}, "name": "later"})
+    run(GRID | {"early_terminate": {"type": "hyperband", "max_iter": 6, "s": 1, "eta": 2}}, name="later", count=3)
     assert set(states("later").values()) == {"complete"}
 
 
@@ -262,9 +258,9 @@ def start_sweep(file, **options):
     return process
 
 
-def wait_for(event, number=1):
+def wait_for(condition):
     deadline = time.monotonic() + 60
-    while len(events(event)) < number:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -274,16 +270,17 @@ def wait_for(event, number=1):
 def test_a_killed_sweep_goes_on_and_each_trial_ends_once(run, monkeypatch, content, jobs):
     run(content, name="whole", count=6)
     Path("notes.txt").unlink()
-    monkeypatch.setenv("SECONDS", "0.1")
+    monkeypatch.setenv("SECONDS", "0.2")
     monkeypatch.setenv("VALUES", "4")
     Path("s.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    for ended in (1, 3):  # killed twice, in the middle of trials
+    for _ in range(2):
+        earlier = len(list(Path("runs").glob("s/t*")))
         runner = start_sweep("s.yaml", jobs=jobs, count=6)
-        wait_for("end", ended)
-        time.sleep(0.25)
+        # A trial has begun and logged something.
+        wait_for(lambda earlier=earlier: len(list(Path("runs").glob("s/t*/metrics.csv"))) > earlier)
         os.kill(runner.pid, signal.SIGKILL)
         runner.join()
-        time.sleep(0.3)  # its runs end with it
+        time.sleep(1.0)  # its runs end with it
         lines = Path("notes.txt").read_text()
         time.sleep(0.5)
         assert Path("notes.txt").read_text() == lines
@@ -300,7 +297,7 @@ def test_a_kill_between_stopping_a_trial_and_noting_it_does_not_start_it_again(r
 
     content = GRID | {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2}}
     Path("s.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    monkeypatch.setenv("HOPELESS", "0.2")
+    monkeypatch.setenv("HOPELESS", "0.1 0.93 0.2")
     with monkeypatch.context() as patch:
         patch.setattr("lit_distill.experiment.sweep.search.Search.stop", die)
         runner = start_sweep("s.yaml", jobs=1)
@@ -331,7 +328,7 @@ def test_a_kill_while_a_trial_is_drawn_loses_no_point(run, monkeypatch):
 
 
 def test_jobs_run_side_by_side(run, monkeypatch):
-    monkeypatch.setenv("SECONDS", "0.2")
+    monkeypatch.setenv("SECONDS", "0.5")
     run(GRID, jobs=3)
     order = [line.split()[:2] for line in Path("notes.txt").read_text().splitlines() if not line.startswith("check")]
     running, most = 0, 0
@@ -358,7 +355,7 @@ def test_a_second_runner_of_the_same_folder_is_refused(run, monkeypatch):
     Path("s.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
     runner = start_sweep("s.yaml", jobs=1)
     try:
-        wait_for("start")
+        wait_for(lambda: events("start"))
         with pytest.raises(UsageError, match="in use by another"):
             run(GRID)
     finally:

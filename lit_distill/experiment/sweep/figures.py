@@ -24,6 +24,8 @@ from lit_distill.experiment.sweep.record import (
 from lit_distill.experiment.tables import MISSING, is_percent, metric_name, scaled
 
 MOST_LINES = 200  # more trials than this are a grey cloud
+MOST_TICKS = 4  # as many values have one each; of more, ends and middle
+LONGEST_TICK = 12  # characters, so that they fit between two axes on a phone
 _STATES = (COMPLETE, STOPPED)  # what has a value to draw
 
 
@@ -175,7 +177,7 @@ def importance(record: Record, suffix: str = "", of: str = "") -> Figure | None:
             }
         },
         ("parameter", "share in %"),
-        [(name, f"{100 * share:.1f}") for name, share in reversed(shares)],
+        [(short.get(name, name), f"{100 * share:.1f}") for name, share in reversed(shares)],
         height=110 + 40 * len(shares),
     )
 
@@ -204,9 +206,10 @@ def _axis(title: str, values: Sequence[Any], log: bool = False) -> _Axis:
         log = log and low > 0
         scale = math.log if log else float
         first, span = scale(low), scale(high) - scale(low)
-        middle = math.sqrt(low * high) if log else (low + high) / 2
         places = {place: (scale(value) - first) / span for place, value in numbers.items()}
-        return _Axis(title, places, [(0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")])
+        few = sorted(set(numbers.values()))
+        ticks = few if len(few) <= MOST_TICKS else [low, math.sqrt(low * high) if log else (low + high) / 2, high]
+        return _Axis(title, places, [((scale(tick) - first) / span, f"{tick:.3g}") for tick in ticks])
     kinds = list(dict.fromkeys(show_value(value) for _, value in sorted(there.items(), key=lambda item: str(item[1]))))
     at = {kind: number / (len(kinds) - 1) if len(kinds) > 1 else 0.5 for number, kind in enumerate(kinds)}
     return _Axis(
