@@ -17,6 +17,7 @@ usage: lit-distill COMMAND ...
   predict   predict on test data
   methods   list the methods with their papers and configurations
   run       run a recipe: a chain of runs that ends in a comparison
+  sweep     search hyperparameters, with W&B or on this machine alone
   compare   compare finished runs: table and HTML page
   export    write the student of a run into a folder of its own
 
@@ -76,7 +77,7 @@ def _dispatch(command: str, words: list[str]) -> int:
 
         parser.description = "Compare finished runs: mean and spread over seeds, paired difference to a baseline."
         parser.add_argument("dirs", nargs="*", metavar="DIR", help="run folders, or folders that hold run folders")
-        parser.add_argument("--metric", help="the metric compared (default: the one the runs of each data set name)")
+        parser.add_argument("--metric", help="the metric compared (default: that of a sweep or recipe, or of the data)")
         parser.add_argument(
             "--baseline",
             action="append",
@@ -114,6 +115,22 @@ def _dispatch(command: str, words: list[str]) -> int:
         parser.add_argument("--root", default="runs", metavar="DIR", help="folder of all runs (default: %(default)s)")
         parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
         return run_recipe(**vars(parser.parse_args(words)))
+    if command == "sweep":
+        from lit_distill.experiment.sweep import run_sweep
+
+        parser.description = (
+            "Run a W&B sweep file: on W&B, whose agents then work on this machine, or with --local without an account. "
+            "A local sweep keeps its trials in ROOT/NAME, goes on there when started again, and ends in a dashboard."
+        )
+        parser.add_argument("file", metavar="FILE", help="sweep file, such as sweeps/image/kd.yaml")
+        parser.add_argument("--local", action="store_true", help="without W&B; needs the extra 'sweep'")
+        parser.add_argument(
+            "--count", type=int, metavar="N", help="trials in all (default: the file's run_cap; locally, a whole grid)"
+        )
+        parser.add_argument("--agents", type=int, metavar="N", help="W&B's agents (default: one per GPU, or one)")
+        parser.add_argument("--jobs", type=int, metavar="N", help="local trials at once (default: one per GPU or core)")
+        parser.add_argument("--root", metavar="DIR", help="folder of all runs of local trials (default: runs)")
+        return run_sweep(**vars(parser.parse_args(words)))
     near = _nearest(command)
     raise UsageError(f"command '{command}' is not known{near}; `lit-distill --help` lists the commands")
 
@@ -141,7 +158,7 @@ def _report(error: Exception) -> int:
 def _nearest(command: str) -> str:
     import difflib
 
-    known = (*LIGHTNING, "methods", "run", "compare", "export")
+    known = (*LIGHTNING, "methods", "run", "sweep", "compare", "export")
     near = difflib.get_close_matches(command, known, n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 

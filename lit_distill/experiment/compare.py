@@ -320,7 +320,7 @@ def compare(
 
     Args:
         dirs: Folders that hold runs, at any depth.
-        metric: The figure in which differences are taken; by default what the runs themselves name.
+        metric: The figure in which differences are taken; by default that of a sweep, or what the runs themselves name.
         baseline: Stages or rows to compare with; by default their recipe's, or the stage named `baseline`.
         html: Where to write the dashboard, one self-contained page.
         json: Where to write the numbers.
@@ -348,10 +348,12 @@ def compare(
     runs = find_runs(dirs)
     if not runs:
         raise UsageError(f"no runs under {_listed(map(str, dirs))}; a run is a folder with config.yaml or summary.json")
-    comparison = compare_runs(runs, metric, baseline)
+    from lit_distill.experiment.sweep.figures import sweep_figures, sweep_metric
+
+    comparison = compare_runs(runs, metric or sweep_metric(runs), baseline)
+    sweep, notes = sweep_figures(comparison)
+    comparison = replace(comparison, notes=(*comparison.notes, *notes, *left_out))
     tables.print_comparison(comparison)
-    for note in left_out:
-        print(f"note: {note}")
     if json is not None:
         write_json(json, formats.as_dict(comparison))
     for path, form in ((markdown, formats.markdown), (csv, formats.csv_text), (latex, formats.latex)):
@@ -360,7 +362,7 @@ def compare(
     if html is not None:
         from lit_distill.experiment.dashboard import write_dashboard
 
-        write_dashboard(comparison, html)
+        write_dashboard(comparison, html, sweep)
         print(f"dashboard: {html}")
     if wandb is not None:
         from lit_distill.experiment.wandb_report import write_report

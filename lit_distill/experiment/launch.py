@@ -309,6 +309,25 @@ def run_lightning(words: list[str]) -> int:
     return 0
 
 
+class _ParsingCLI(DistillCLI):
+    """Parses, and does nothing of what is asked."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leaves the folder alone."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def check_words(words: list[str]) -> int:
+    """Checks a command of `run_lightning` as far as parsing does, and runs nothing."""
+    _ParsingCLI(words)
+    return 0
+
+
 def _clear(folder: Path) -> None:
     """Removes the results of an earlier run, caches of its student's outputs included.
 

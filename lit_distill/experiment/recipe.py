@@ -5,15 +5,11 @@ A stage is a LightningCLI `fit`; the recipe only decides order, seeds and folder
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -24,7 +20,8 @@ from typing import Any
 import yaml
 
 from lit_distill.core.errors import RunError, UsageError
-from lit_distill.experiment.methods import PACKAGE, config_root
+from lit_distill.experiment.methods import config_root
+from lit_distill.experiment.processes import QUIET, Starter, device, find_gpus, last_error
 from lit_distill.experiment.runs import write_plan
 
 _REFERENCE = re.compile(r"\$\{stage:([^}]+)\}")
@@ -76,6 +73,11 @@ class Job:
     def name(self) -> str:
         """Name of the run folder."""
         return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.folder.parent / "logs" / f"{self.name}.txt"
 
     @property
     def finished(self) -> bool:
@@ -218,7 +220,7 @@ def run_recipe(
         return 0
     if plan.compare:
         write_plan(Path(root) / plan.experiment, plan.compare.get("metric"), plan.baselines)
-    gpus = _gpus()
+    gpus = find_gpus()
     failed = _run_all(todo, jobs or len(gpus) or max(1, (os.cpu_count() or 1) // plan.threads), gpus)
     if failed:
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""  # each was told when it happened
@@ -241,9 +243,7 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
     waiting = [job for job in jobs if job.name not in finished]
     if finished:
         print(f"{len(finished)} of {len(jobs)} runs are finished already", flush=True)
-    # The server imports torch once; each run is a fork of it, so it starts in no time and shares nothing with others.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_distill.experiment.launch", "lit_distill.image.distillation"])
+    starter = Starter()
     running: dict[ForkServerProcess, tuple[Job, str | None, float]] = {}
     free = list(gpus)
     failed: dict[str, str] = {}
@@ -257,11 +257,7 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
                     break
                 waiting.remove(job)
                 gpu = free.pop(0) if free else None
-                log = job.folder.parent / "logs" / f"{job.name}.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                words = [*job.command(), "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-                process = context.Process(target=_child, args=(words, str(log), gpu), name=job.name)
-                process.start()
+                process = starter.start([*job.command(), *QUIET], job.log, device(gpu))
                 running[process] = (job, gpu, time.monotonic())
             if not running:
                 continue  # what was left waiting needs what has just failed
@@ -271,14 +267,13 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
                 process.join()
                 if gpu is not None:
                     free.append(gpu)
-                log = job.folder.parent / "logs" / f"{job.name}.txt"
                 if process.exitcode == 0:
                     finished.add(job.name)
                     seconds = time.monotonic() - start
                     print(f"[{len(finished)}/{len(jobs)}] {job.name}: {_result(job)} ({seconds:.0f} s)", flush=True)
                 else:
-                    failed[job.name] = f"{job.name} ({_last_error(log)}; log in {log})"
-                    print(f"{job.name} failed: {_last_error(log)}", file=sys.stderr, flush=True)
+                    failed[job.name] = f"{job.name} ({last_error(job.log)}; log in {job.log})"
+                    print(f"{job.name} failed: {last_error(job.log)}", file=sys.stderr, flush=True)
     finally:
         for process in running:
             process.terminate()
@@ -287,58 +282,10 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
     return list(failed.values())
 
 
-def _child(words: list[str], log: str, gpu: str | None) -> None:
-    """Runs one command in this process, as if typed, with its output in a file."""
-    with Path(log).open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    # Lightning starts the other processes of a run (DDP, FSDP2) by the command line it finds here.
-    sys.argv = [str(PACKAGE / "__main__.py"), *words]
-    sys.modules["__main__"].__spec__ = None
-
-    from lit_distill.experiment.launch import run_lightning
-    from lit_distill.experiment.messages import explain
-
-    try:
-        sys.exit(run_lightning(words))
-    except Exception as error:  # the outermost frame of this process: the log keeps the traceback
-        traceback.print_exc()  # into the log; the last line is what the recipe shows
-        message, status = explain(error)
-        print(f"lit-distill: error: {message}", file=sys.stderr, flush=True)
-        sys.exit(status)
-
-
-def _end_with_parent() -> None:
-    """Ends this run when the recipe is killed, so that starting it again never meets a run still at work."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _gpus() -> list[str]:
-    if not Path("/dev/nvidiactl").exists():
-        return []  # no driver, no need to import torch to know
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return [name for name in names if name.strip()]
-
-
 def _result(job: Job) -> str:
     metrics = _read(job.folder / "summary.json").get("metrics") or {}
     shown = {name: value for name, value in metrics.items() if name in ("test/acc", "val/acc", "test/ece")}
     return ", ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items())) or "done"
-
-
-def _last_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    errors = [line for line in lines if line.startswith("lit-distill: error: ")]
-    return errors[-1].removeprefix("lit-distill: error: ") if errors else (lines[-1] if lines else "no output")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from lit_distill.cli import main
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment import recipe
+from lit_distill.experiment import processes, recipe
 from lit_distill.experiment.launch import DistillCLI
 from lit_distill.experiment.recipe import read_recipe, run_recipe
 
@@ -67,7 +67,7 @@ def scripted(monkeypatch, folder):
     """
     script = {}
 
-    def child(words, log, gpu):
+    def child(words, log, environ, call):
         options = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
         run = folder / options["run.root"] / options["run.experiment"] / options["run.name"]
         with (folder / "notes.txt").open("a") as notes:
@@ -96,9 +96,9 @@ def scripted(monkeypatch, folder):
         def set_forkserver_preload(modules):
             pass
 
-    monkeypatch.setattr(recipe, "_child", child)
-    monkeypatch.setattr(recipe.multiprocessing, "get_context", lambda kind: Forks)
-    monkeypatch.setattr(recipe, "_gpus", list)
+    monkeypatch.setattr(processes, "_child", child)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: Forks)
+    monkeypatch.setattr(recipe, "find_gpus", list)
     monkeypatch.setattr("lit_distill.experiment.compare.compare", lambda *args, **kwargs: 0)
     return script
 
