@@ -37,7 +37,8 @@ class Stage:
     """One stage of a recipe: the same run for several seeds.
 
     Attributes:
-        name: Its name, by which others refer to it.
+        name: Its name, by which others refer to it. `image/kd` is stage `kd` of an experiment of its own, `image`, inside
+            the recipe's.
         configs: Configuration files, merged in order.
         seeds: One run for each.
         overrides: Dotted keys and values that go over the files.
@@ -73,8 +74,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the run folder."""
-        return self.folder.name
+        """Stage and seed: the run's folder inside the recipe's."""
+        return f"{self.stage.name}-s{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """Where what the run prints is kept."""
+        return self.folder.parent / "logs" / f"{self.folder.name}.txt"
 
     @property
     def finished(self) -> bool:
@@ -122,9 +128,14 @@ class Recipe:
 
     def _job(self, stage: Stage, seed: int, root: Path, made: Mapping[str, Mapping[int, Job]]) -> Job:
         needs: dict[str, Job] = {}
+        above, _, short = stage.name.rpartition("/")
+        experiment = f"{self.experiment}/{above}" if above else self.experiment
+        folder = root / experiment / f"{short}-s{seed}"
 
         def refer(match: re.Match[str]) -> str:
             name = match.group(1)
+            if name == stage.name:  # what it leaves for others
+                return str(folder)
             # The same seed where there is one; otherwise its first run (one teacher for all students).
             needs[name] = made[name].get(seed) or next(iter(made[name].values()))
             return str(needs[name].folder)
@@ -138,14 +149,13 @@ class Recipe:
         identity = json.dumps([contents, dict(stage.overrides), seed, upstream], sort_keys=True)
         # A letter first: a hash such as 7437084632550e54 would be read as a number.
         key = "r" + hashlib.sha256(identity.encode()).hexdigest()[:15]
-        folder = root / self.experiment / f"{stage.name}-s{seed}"
         words = ["fit", *(f"--config={_relative(path)}" for path in stage.configs)]
         words += [f"--{name}={value}" for name, value in overrides.items()]
         words += [
             f"--seed_everything={seed}",
             f"--run.root={root}",
-            f"--run.experiment={self.experiment}",
-            f"--run.stage={stage.name}",
+            f"--run.experiment={experiment}",
+            f"--run.stage={short}",
             f"--run.name={folder.name}",
             f"--run.threads={self.threads}",
             f"--run.key={key}",
@@ -184,7 +194,7 @@ def read_recipe(file: str) -> Recipe:
                 f"recipe {file}: stage '{stage.name}' refers to '{need}', which is no stage; there are {known}"
             )
     baseline = compare.get("baseline")
-    if baseline is not None and baseline not in stages:
+    if baseline is not None and baseline not in {str(name).rpartition("/")[2] for name in stages}:
         raise UsageError(
             f"recipe {file}: compare.baseline is '{baseline}', which is no stage; there are {', '.join(stages)}"
         )
@@ -250,10 +260,9 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
                     break
                 waiting.remove(job)
                 gpu = free.pop(0) if free else None
-                log = job.folder.parent / "logs" / f"{job.name}.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
+                job.log.parent.mkdir(parents=True, exist_ok=True)
                 words = [*job.command(), "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-                process = context.Process(target=_child, args=(words, str(log), gpu), name=job.name)
+                process = context.Process(target=_child, args=(words, str(job.log), gpu), name=job.name)
                 process.start()
                 running[process] = (job, gpu, time.monotonic())
             if not running:
@@ -264,14 +273,13 @@ def _run_all(jobs: Sequence[Job], at_once: int, gpus: Sequence[str]) -> list[str
                 process.join()
                 if gpu is not None:
                     free.append(gpu)
-                log = job.folder.parent / "logs" / f"{job.name}.txt"
                 if process.exitcode == 0:
                     finished.add(job.name)
                     seconds = time.monotonic() - start
                     print(f"[{len(finished)}/{len(jobs)}] {job.name}: {_result(job)} ({seconds:.0f} s)", flush=True)
                 else:
-                    failed[job.name] = f"{job.name} ({_last_error(log)}; log in {log})"
-                    print(f"{job.name} failed: {_last_error(log)}", file=sys.stderr, flush=True)
+                    failed[job.name] = f"{job.name} ({_last_error(job.log)}; log in {job.log})"
+                    print(f"{job.name} failed: {_last_error(job.log)}", file=sys.stderr, flush=True)
     finally:
         for process in running:
             process.terminate()
@@ -339,6 +347,8 @@ def _last_error(log: Path) -> str:
 
 def _stage(name: str, body: Any, common: Sequence[Path], seeds: Any, recipe: Path) -> Stage:
     where = f"recipe {recipe.name}: stage '{name}'"
+    if any(part in ("", ".", "..") for part in str(name).split("/")):
+        raise UsageError(f"{where}: its name is no name of a folder; give one such as kd, or image/kd")
     if not isinstance(body, dict):
         raise UsageError(f"{where} is {body!r}; give it `configs:`, and `seeds:` and `set:` where needed")
     _known(body, _STAGE_KEYS, where)
@@ -351,7 +361,7 @@ def _stage(name: str, body: Any, common: Sequence[Path], seeds: Any, recipe: Pat
     configs = [*common, *(_find(file, recipe.parent, where) for file in _list(body.get("configs"), "configs", where))]
     if not configs:
         raise UsageError(f"{where} has no configs; name at least one file")
-    needs = frozenset(_REFERENCE.findall(json.dumps(overrides)))
+    needs = frozenset(_REFERENCE.findall(json.dumps(overrides))) - {str(name)}
     return Stage(str(name), tuple(configs), tuple(seeds), overrides, needs)
 
 
