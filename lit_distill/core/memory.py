@@ -1,6 +1,6 @@
-"""What a network takes of each device under FSDP2, on paper: from shapes alone, so that networks can be on the meta device.
+"""What a network takes of each device under FSDP2, on paper: shapes are enough, networks may be on the meta device.
 
-`lit-distill memory` prints it for the networks of a configuration; docs/scaling.md has the formula and how it was checked.
+`lit-distill memory` prints it for the networks of a configuration. docs/scaling.md says how it was checked.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ class Footprint:
         parameters: Its shards of the parameters, or all of them on one device.
         gradients: Likewise their gradients.
         optimizer: Likewise the states of the optimizer.
-        gathered: What is whole at the worst moment beside its shards: weights, gradients, and the buffers of collectives.
+        gathered: What is whole at the worst moment, beside its shards: weights, gradients, buffers of collectives.
         copies: Weights that autocast has turned to 16 bits, whole, and keeps until the backward pass.
     """
 

@@ -37,8 +37,8 @@ class Stage:
     """One stage of a recipe: the same run for several seeds.
 
     Attributes:
-        name: Its name, by which others refer to it. `image/kd` is stage `kd` of an experiment of its own, `image`, inside
-            the recipe's.
+        name: Its name, by which others refer to it. `image/kd` is stage `kd` of an experiment of its own, `image`,
+            inside the recipe's.
         configs: Configuration files, merged in order.
         seeds: One run for each.
         overrides: Dotted keys and values that go over the files.
@@ -194,7 +194,7 @@ def read_recipe(file: str) -> Recipe:
                 f"recipe {file}: stage '{stage.name}' refers to '{need}', which is no stage; there are {known}"
             )
     baseline = compare.get("baseline")
-    if baseline is not None and baseline not in {str(name).rpartition("/")[2] for name in stages}:
+    if baseline is not None and baseline not in stages:
         raise UsageError(
             f"recipe {file}: compare.baseline is '{baseline}', which is no stage; there are {', '.join(stages)}"
         )

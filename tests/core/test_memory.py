@@ -29,7 +29,7 @@ def mesh():
 
 @pytest.fixture
 def track(mesh):
-    """Runs a network on two tokens, sharded; returns bytes by kind at the peak, in the end, and after the forward pass."""
+    """Runs a network on two tokens, sharded; returns bytes by kind: at the peak, in the end, after the forward."""
 
     def run(build, *, trained, autocast=False):
         with torch._subclasses.fake_tensor.FakeTensorMode():
