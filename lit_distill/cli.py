@@ -20,6 +20,7 @@ usage: lit-distill COMMAND ...
   sweep     search hyperparameters, with W&B or on this machine alone
   compare   compare finished runs: table and HTML page
   export    write the student of a run into a folder of its own
+  memory    what the networks of a configuration take of each device under FSDP2
 
 `lit-distill COMMAND --help` explains each. `--debug` anywhere shows tracebacks. `--version` prints the version.
 """
@@ -104,6 +105,16 @@ def _dispatch(command: str, words: list[str]) -> int:
         parser.add_argument("--to", required=True, metavar="DIR", help="new folder to write")
         parser.add_argument("--format", choices=("safetensors", "onnx", "hf"), default="safetensors")
         return export(**vars(parser.parse_args(words)))
+    if command == "memory":
+        from lit_distill.experiment.memory import memory
+
+        parser.description = "Say what the networks of a configuration take of each device under FSDP2."
+        parser.epilog = "All else is read as by `fit`: files with -c, and settings."
+        parser.add_argument(
+            "--devices", type=int, nargs="+", metavar="N", default=[1, 2, 4, 8, 16, 64], help="(default: %(default)s)"
+        )
+        options, others = parser.parse_known_args(words)
+        return memory(others, options.devices)
     if command == "run":
         from lit_distill.experiment.recipe import run_recipe
 
@@ -158,7 +169,7 @@ def _report(error: Exception) -> int:
 def _nearest(command: str) -> str:
     import difflib
 
-    known = (*LIGHTNING, "methods", "run", "sweep", "compare", "export")
+    known = (*LIGHTNING, "methods", "run", "sweep", "compare", "export", "memory")
     near = difflib.get_close_matches(command, known, n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 

@@ -72,6 +72,20 @@ def shard(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
         register_fsdp_forward_method(network, "generate")  # it too runs on whole weights
 
 
+def sharded_units(network: nn.Module) -> list[list[nn.Parameter]]:
+    """Lists the parameters that `shard` gathers at once: those of each block, and last those of the root.
+
+    The roots of a container's entries count as one.
+    """
+    taken: set[int] = set()
+    units = []
+    for module in [*_blocks(network), network]:
+        unit = {id(weight): weight for weight in module.parameters() if id(weight) not in taken}
+        taken |= unit.keys()
+        units.append(list(unit.values()))
+    return units
+
+
 def full_state(network: nn.Module) -> dict[str, Any]:
     """Returns the whole state dict of a network, on the CPU where it had to be gathered from shards.
 

@@ -35,7 +35,8 @@ class Stage:
     """One stage of a recipe: the same run for several seeds.
 
     Attributes:
-        name: Its name, by which others refer to it.
+        name: Its name, by which others refer to it. `image/kd` is stage `kd` of an experiment of its own, `image`,
+            inside the recipe's.
         configs: Configuration files, merged in order.
         seeds: One run for each.
         overrides: Dotted keys and values that go over the files.
@@ -71,13 +72,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the run folder."""
-        return self.folder.name
+        """Stage and seed: the run's folder inside the recipe's."""
+        return f"{self.stage.name}-s{self.seed}"
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
-        return self.folder.parent / "logs" / f"{self.name}.txt"
+        """Where what the run prints is kept."""
+        return self.folder.parent / "logs" / f"{self.folder.name}.txt"
 
     @property
     def finished(self) -> bool:
@@ -130,9 +131,14 @@ class Recipe:
 
     def _job(self, stage: Stage, seed: int, root: Path, made: Mapping[str, Mapping[int, Job]]) -> Job:
         needs: dict[str, Job] = {}
+        above, _, short = stage.name.rpartition("/")
+        experiment = f"{self.experiment}/{above}" if above else self.experiment
+        folder = root / experiment / f"{short}-s{seed}"
 
         def refer(match: re.Match[str]) -> str:
             name = match.group(1)
+            if name == stage.name:  # what it leaves for others
+                return str(folder)
             # The same seed where there is one; otherwise its first run (one teacher for all students).
             needs[name] = made[name].get(seed) or next(iter(made[name].values()))
             return str(needs[name].folder)
@@ -146,14 +152,13 @@ class Recipe:
         identity = json.dumps([contents, dict(stage.overrides), seed, upstream], sort_keys=True)
         # A letter first: a hash such as 7437084632550e54 would be read as a number.
         key = "r" + hashlib.sha256(identity.encode()).hexdigest()[:15]
-        folder = root / self.experiment / f"{stage.name}-s{seed}"
         words = ["fit", *(f"--config={_relative(path)}" for path in stage.configs)]
         words += [f"--{name}={value}" for name, value in overrides.items()]
         words += [
             f"--seed_everything={seed}",
             f"--run.root={root}",
-            f"--run.experiment={self.experiment}",
-            f"--run.stage={stage.name}",
+            f"--run.experiment={experiment}",
+            f"--run.stage={short}",
             f"--run.name={folder.name}",
             f"--run.threads={self.threads}",
             f"--run.key={key}",
@@ -293,6 +298,8 @@ def _result(job: Job) -> str:
 
 def _stage(name: str, body: Any, common: Sequence[Path], seeds: Any, recipe: Path) -> Stage:
     where = f"recipe {recipe.name}: stage '{name}'"
+    if any(part in ("", ".", "..") for part in str(name).split("/")):
+        raise UsageError(f"{where}: its name is no name of a folder; give one such as kd, or image/kd")
     if not isinstance(body, dict):
         raise UsageError(f"{where} is {body!r}; give it `configs:`, and `seeds:` and `set:` where needed")
     _known(body, _STAGE_KEYS, where)
@@ -305,7 +312,7 @@ def _stage(name: str, body: Any, common: Sequence[Path], seeds: Any, recipe: Pat
     configs = [*common, *(_find(file, recipe.parent, where) for file in _list(body.get("configs"), "configs", where))]
     if not configs:
         raise UsageError(f"{where} has no configs; name at least one file")
-    needs = frozenset(_REFERENCE.findall(json.dumps(overrides)))
+    needs = frozenset(_REFERENCE.findall(json.dumps(overrides))) - {str(name)}
     return Stage(str(name), tuple(configs), tuple(seeds), overrides, needs)
 
 

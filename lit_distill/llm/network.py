@@ -111,7 +111,8 @@ class CausalLM(nn.Module):
             network = self._load() if self.name is not None else self._draw()
             if self.layers is not None:
                 _keep_layers(network, self.layers)
-            _check_head(network)
+            if network.device.type != "meta":  # where nothing can be computed
+                _check_head(network)
             # Nothing looks at padding, so it gets no gradient; where it is the token of ending too, that one shall.
             network.get_input_embeddings().padding_idx = None
             self.network = network.train(self.training)
@@ -348,6 +349,9 @@ class CausalLM(nn.Module):
 
         config = _from_disk_or_hub(AutoConfig, self.name)
         _refuse(config)
+        if torch.get_default_device().type == "meta":  # sizes are asked for, and no weights
+            dtype = (config.dtype or torch.float32) if self.dtype == "auto" else getattr(torch, self.dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attention)
         network, report = _from_disk_or_hub(
             AutoModelForCausalLM,
             self.name,

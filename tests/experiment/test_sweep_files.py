@@ -133,5 +133,5 @@ def test_sweep_runs_here(path, teachers, tmp_path, monkeypatch, capsys):  # noqa
 def test_what_wandb_calls_values_is_no_python(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text((ROOT / "sweeps/image/kd.yaml").read_text().replace("min: 1.0e-3", "min: 1e-3"))
-    with pytest.raises(UsageError, match="write 1.0e-4"):  # YAML 1.1 needs the dot
+    with pytest.raises(UsageError, match=r"write 1\.0e-4"):  # YAML 1.1 needs the dot
         read_sweep(path)
