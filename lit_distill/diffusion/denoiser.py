@@ -13,6 +13,8 @@ from lit_distill.core.networks import pretrained as load_pretrained
 from lit_distill.diffusion.networks import Condition, call_network
 from lit_distill.diffusion.paths import GaussianPath, Prediction, check_prediction
 
+_TOLD_APART = (1e-4, 1e4)  # noise-to-signal ratios; beyond these a sample looks like data, or like noise, alone
+
 
 class Denoiser(nn.Module):
     r"""A network on a path: `denoiser(x_t, t, condition)` is its estimate of the data x0, or what else is asked for.
@@ -28,8 +30,9 @@ class Denoiser(nn.Module):
         prediction: What the network's output is: x0, eps, v, u, score, or "edm".
         num_classes: Classes, where conditions are class numbers; this number itself then means "no condition".
         data_std: s above.
-        time_input: What the network is given as time: "log_noise" (ln r / 4), "time" (t), "thousandths" (1000 t), or
-            "saturating" (1000 r / (1 + r), for networks with sinusoidal embeddings made for 0 ... 1000).
+        time_input: What the network is given as time: "log_noise" (ln r / 4, with r between 1e-4 and 1e4: at pure noise
+            and pure data it has no bound), "time" (t), "thousandths" (1000 t), or "saturating" (1000 r / (1 + r), for
+            networks with sinusoidal embeddings made for 0 ... 1000).
         no_condition: What "no condition" is where conditions are tensors by name: "zeros" (SDXL), "empty_prompt" (the
             data give its embedding, see `set_null`), or None where there is none.
 
@@ -109,7 +112,7 @@ class Denoiser(nn.Module):
         alpha, sigma, _, _ = self.path.at(t)
         if self.time_input == "saturating":
             return 1000 * sigma / (alpha + sigma)
-        return (sigma / alpha).log() / 4
+        return (sigma / alpha).clamp(*_TOLD_APART).log() / 4
 
     # ---- no condition ----------------------------------------------------------------------------------------------
 
