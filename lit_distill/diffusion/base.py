@@ -145,6 +145,7 @@ class DiffusionDistiller(Distiller):
     def on_validation_epoch_start(self) -> None:
         """Logs `val/*`; at the start, where a callback has put averaged weights in place."""
         if not self.trainer.sanity_checking:
+            self.check_finite()  # before samples of such a network reach a measure that fails on them
             self._evaluate("val")
 
     def on_test_epoch_start(self) -> None:
