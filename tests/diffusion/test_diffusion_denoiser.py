@@ -240,6 +240,11 @@ def test_flux_sees_each_square_of_latents_as_a_token():
     )
 
 
+def test_a_network_says_that_samples_have_another_size(make_denoiser):
+    with pytest.raises(UsageError, match=r"made for samples of 64 numbers, these have 256"):
+        make_denoiser()(torch.zeros(2, 1, 16, 16), 1.0)
+
+
 def test_text_networks_say_that_text_is_missing():
     network = diffusers_network("UNet2DConditionModel", config=FAMILIES[UNet2DConditionModel][0])
     with pytest.raises(UsageError, match="UNet2DConditionModel is conditioned on text, but the batch has none"):

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import operator
 import re
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -229,18 +231,50 @@ def test_published_files_train_on_tiny_pipelines(name, pipelines, tmp_path):
     assert "train/fake" in (folder / "metrics.csv").read_text().splitlines()[0]
 
 
+NETWORK = "model.init_args.student.init_args.network.init_args"
+NULLS = [f"model.init_args.{role}.init_args.no_condition" for role in ("student", "teacher")]
+WRONG_CHANNELS = {
+    "class_name": "UNet2DConditionModel",
+    "config": {"in_channels": 3, "block_out_channels": [8], "down_block_types": ["DownBlock2D"],
+               "up_block_types": ["UpBlock2D"], "norm_num_groups": 4, "cross_attention_dim": WIDTH},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resolution": 17}, "data.resolution: 17 pixels do not fit the autoencoder, which makes one latent of 2"),
-        ({"prompts": "none.txt"}, "data.prompts: none.txt cannot be read as text"),
+        ({"data.init_args.resolution": 17}, "data.resolution: 17 pixels do not fit the autoencoder, which makes one"),
+        ({"data.init_args.prompts": "none.txt"}, "data.prompts: none.txt cannot be read as text"),
+        ({NETWORK: WRONG_CHANNELS}, "model.student: its network takes 3 channels, the data have 4; give data, or"),
+        ({"scheduler": {"prediction_type": "v_prediction"}}, "it is 'eps', but the scheduler says 'v'; give that"),
+        ({"scheduler": {"rescale_betas_zero_snr": True}}, "'eps' says nothing of the data at t = 999, where the path"),
+        ({"without": "text_encoder"}, "has no text encoder, or no tokenizer for it; put both there"),
+        (dict.fromkeys(NULLS), "model.guidance needs a network that knows 'no condition'; train it with label_dropout"),
+        ({"model.init_args.steps": [499.0, 999.0]}, "model.steps: [499.0, 999.0] does not decrease; time grows with"),
     ],
+    ids=["resolution", "prompts", "channels", "prediction", "zero_snr", "text_encoder", "null", "steps"],
 )
 def test_mistakes_give_one_line(change, message, pipelines, tmp_path, capsys):
-    words = published(ROOT / "configs/diffusion/swiftbrush.yaml", pipelines, tmp_path, **change)
+    words = published(ROOT / "configs/diffusion/swiftbrush.yaml", pipelines, tmp_path)
+    file = Path(words[4])
+    if "scheduler" in change or "without" in change:
+        folder = tmp_path / "sd"
+        shutil.copytree(pipelines / "sd", folder)
+        file.write_text(file.read_text().replace(str(pipelines / "sd"), str(folder)))
+        config = folder / "scheduler/scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change.get("scheduler", {})))
+        if "without" in change:
+            shutil.rmtree(folder / change["without"])
+    else:
+        config = yaml.safe_load(file.read_text())
+        for key, value in change.items():
+            *path, last = key.split(".")
+            reduce(operator.getitem, path, config)[last] = value
+        file.write_text(yaml.safe_dump(config))
     assert main(words) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if message in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1
+    assert message in lines[0]
 
 
 def test_a_missing_text_encoder_is_told(pipelines, tmp_path):
