@@ -131,6 +131,10 @@ class Distiller(LightningModule):
         """
         return None
 
+    def kept_with_product(self) -> dict[str, Any]:
+        """Returns what a user of the product network needs besides its weights and class; of plain values."""
+        return {}
+
     def trainable(self) -> list[nn.Parameter]:
         """Returns the parameters that the (first) optimizer trains."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

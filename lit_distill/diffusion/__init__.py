@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         from_scheduler,
         scheduler_path,
     )
+    from lit_distill.diffusion.schedulers import FewStepScheduler
     from lit_distill.diffusion.students import ClassPartition, PartitionedImages, StudentRouter
     from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
 
@@ -83,6 +84,7 @@ _MODULES = {
     "DiffusionDistiller": "base",
     "EDMPath": "paths",
     "exact_denoiser": "mixtures",
+    "FewStepScheduler": "schedulers",
     "FlowPath": "paths",
     "from_scheduler": "paths",
     "FullCopy": "fake",
@@ -142,6 +144,7 @@ __all__ = [  # noqa: RUF022 (methods first)
     "DiffusionDistiller",
     "EDMPath",
     "exact_denoiser",
+    "FewStepScheduler",
     "FlowPath",
     "from_scheduler",
     "FullCopy",

@@ -130,6 +130,10 @@ class DiffusionDistiller(Distiller):
 
         return self.sampler(denoise, self.path, noise, draws)
 
+    def kept_with_product(self) -> dict[str, Any]:
+        """Returns how the student generates: of a few-step generator this is half of what it is."""
+        return {"sampler": self.sampler.described(), "guidance": self.sample_guidance}
+
     def _empty_prompt(self) -> Mapping[str, Tensor] | None:
         ask = getattr(self._data(), "null_condition", None)
         return None if ask is None else ask()
