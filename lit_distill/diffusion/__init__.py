@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.autoencoder import Autoencoder
     from lit_distill.diffusion.backtracking import BacktrackingTarget
     from lit_distill.diffusion.base import DiffusionDistiller
+    from lit_distill.diffusion.captions import CaptionedImages
     from lit_distill.diffusion.data import GeneratorImages
     from lit_distill.diffusion.denoiser import Denoiser, guided, pretrained
     from lit_distill.diffusion.distillation import ScoreDistiller
@@ -76,6 +77,7 @@ _MODULES = {
     "AdversarialDistiller": "adversarial",
     "Autoencoder": "autoencoder",
     "BacktrackingTarget": "backtracking",
+    "CaptionedImages": "captions",
     "ClassPartition": "students",
     "ClassTokens": "nasa",
     "CosinePath": "paths",
@@ -136,6 +138,7 @@ __all__ = [  # noqa: RUF022 (methods first)
     "AdversarialDistiller",
     "Autoencoder",
     "BacktrackingTarget",
+    "CaptionedImages",
     "ClassPartition",
     "ClassTokens",
     "CosinePath",
