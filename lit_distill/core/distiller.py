@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_distill.core.errors import RunError, UsageError
@@ -131,6 +132,10 @@ class Distiller(LightningModule):
         """
         return None
 
+    def kept_with_product(self) -> dict[str, Any]:
+        """Returns what a user of the product network needs besides its weights and class; of plain values."""
+        return {}
+
     def trainable(self) -> list[nn.Parameter]:
         """Returns the parameters that the (first) optimizer trains."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -221,8 +226,26 @@ class Distiller(LightningModule):
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 scheduler.step()  # type: ignore[call-arg]  # plateau schedules want a metric: automatic optimization only
 
+    def check_finite(self) -> None:
+        """Checks the weights in training, of all processes; they all raise, or none does.
+
+        Raises:
+            RunError: One is not finite.
+        """
+        trained = ((name, p.detach()) for name, p in self.named_parameters() if p.requires_grad)
+        own = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in trained)
+        bad = next((name for name, p in own if not p.isfinite().all()), None)
+        count: Any = torch.tensor(float(bad is not None), device=self.device)
+        if self.trainer.strategy.reduce(count, reduce_op="sum"):
+            raise RunError(
+                f"{bad or 'a weight in another process'} is not finite after {self.iteration} iterations; lower the "
+                "learning rate, or clip gradients (--trainer.gradient_clip_val 1.0, or the method's clip_norm); "
+                "the last good checkpoint is kept"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counter and the open logging interval, leaves the frozen networks out."""
+        """Adds the counter and the open logging interval, leaves the frozen networks out; see `check_finite`."""
+        self.check_finite()
         # Callbacks that save at the end of a batch do so before this module has counted it.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         checkpoint["iteration"] = self.iteration + progress.processed - progress.completed

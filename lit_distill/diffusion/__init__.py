@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lit_distill.diffusion.autoencoder import Autoencoder
     from lit_distill.diffusion.backtracking import BacktrackingTarget
     from lit_distill.diffusion.base import DiffusionDistiller
+    from lit_distill.diffusion.captions import CaptionedImages
     from lit_distill.diffusion.data import GeneratorImages
     from lit_distill.diffusion.denoiser import Denoiser, guided, pretrained
     from lit_distill.diffusion.distillation import ScoreDistiller
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         from_scheduler,
         scheduler_path,
     )
+    from lit_distill.diffusion.schedulers import FewStepScheduler
     from lit_distill.diffusion.students import ClassPartition, PartitionedImages, StudentRouter
     from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
 
@@ -75,6 +77,7 @@ _MODULES = {
     "AdversarialDistiller": "adversarial",
     "Autoencoder": "autoencoder",
     "BacktrackingTarget": "backtracking",
+    "CaptionedImages": "captions",
     "ClassPartition": "students",
     "ClassTokens": "nasa",
     "CosinePath": "paths",
@@ -83,6 +86,7 @@ _MODULES = {
     "DiffusionDistiller": "base",
     "EDMPath": "paths",
     "exact_denoiser": "mixtures",
+    "FewStepScheduler": "schedulers",
     "FlowPath": "paths",
     "from_scheduler": "paths",
     "FullCopy": "fake",
@@ -134,6 +138,7 @@ __all__ = [  # noqa: RUF022 (methods first)
     "AdversarialDistiller",
     "Autoencoder",
     "BacktrackingTarget",
+    "CaptionedImages",
     "ClassPartition",
     "ClassTokens",
     "CosinePath",
@@ -142,6 +147,7 @@ __all__ = [  # noqa: RUF022 (methods first)
     "DiffusionDistiller",
     "EDMPath",
     "exact_denoiser",
+    "FewStepScheduler",
     "FlowPath",
     "from_scheduler",
     "FullCopy",

@@ -90,7 +90,8 @@ class AdversarialDistiller(DiffusionDistiller):
     @torch.no_grad()
     def _make(self) -> tuple[Tensor, Tensor]:
         draws = Draws(derived_seed("teacher samples"), self.device)
-        labels = draws.integers(self.student.num_classes or 1, self.teacher_samples)
+        conditions = self.student.num_classes or getattr(self._data(), "caption_count", 0) or 1
+        labels = draws.integers(conditions, self.teacher_samples)
         parts = []
         for own in labels.split(_BATCH):
             condition = self.classes_of(own)

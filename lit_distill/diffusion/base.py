@@ -131,6 +131,10 @@ class DiffusionDistiller(Distiller):
 
         return self.sampler(denoise, self.path, noise, draws)
 
+    def kept_with_product(self) -> dict[str, Any]:
+        """Returns how the student generates: of a few-step generator this is half of what it is."""
+        return {"sampler": self.sampler.described(), "guidance": self.sample_guidance}
+
     def _empty_prompt(self) -> Mapping[str, Tensor] | None:
         ask = getattr(self._data(), "null_condition", None)
         return None if ask is None else ask()
@@ -146,6 +150,7 @@ class DiffusionDistiller(Distiller):
     def on_validation_epoch_start(self) -> None:
         """Logs `val/*`; at the start, where a callback has put averaged weights in place."""
         if not self.trainer.sanity_checking:
+            self.check_finite()  # before samples of such a network reach a measure that fails on them
             self._evaluate("val")
 
     def on_test_epoch_start(self) -> None:

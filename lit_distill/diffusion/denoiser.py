@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from lit_distill.core.errors import UsageError
 from lit_distill.core.networks import pretrained as load_pretrained
 from lit_distill.diffusion.networks import Condition, call_network
 from lit_distill.diffusion.paths import GaussianPath, Prediction, check_prediction
+
+_TOLD_APART = (1e-4, 1e4)  # noise-to-signal ratios; beyond these a sample looks like data, or like noise, alone
 
 
 class Denoiser(nn.Module):
@@ -28,8 +31,9 @@ class Denoiser(nn.Module):
         prediction: What the network's output is: x0, eps, v, u, score, or "edm".
         num_classes: Classes, where conditions are class numbers; this number itself then means "no condition".
         data_std: s above.
-        time_input: What the network is given as time: "log_noise" (ln r / 4), "time" (t), "thousandths" (1000 t), or
-            "saturating" (1000 r / (1 + r), for networks with sinusoidal embeddings made for 0 ... 1000).
+        time_input: What the network is given as time: "log_noise" (ln r / 4, with r between 1e-4 and 1e4: at pure noise
+            and pure data it has no bound), "time" (t), "thousandths" (1000 t), or "saturating" (1000 r / (1 + r), for
+            networks with sinusoidal embeddings made for 0 ... 1000).
         no_condition: What "no condition" is where conditions are tensors by name: "zeros" (SDXL), "empty_prompt" (the
             data give its embedding, see `set_null`), or None where there is none.
 
@@ -80,18 +84,23 @@ class Denoiser(nn.Module):
             with names such as "network.mid_block".
         """
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
-        given = x_t if self.prediction != "edm" else self._precondition(x_t, t)
-        time = self._time(t)
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
-        out = call_network(self.network, given.to(dtype), time.to(dtype), condition)
-        return self._finish(out, x_t, t, prediction)
+        given, time = self.network_input(x_t, t), self.network_time(t)
+        out = call_network(self.network, given.to(dtype), time.float(), condition)
+        return self.estimate(out, x_t, t, prediction)
 
-    def _precondition(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def network_input(self, x_t: Float[Tensor, "b *sample"], t: Float[Tensor, " b"]) -> Float[Tensor, "b *sample"]:
+        """Returns what the network sees of noisy samples."""
+        if self.prediction != "edm":
+            return x_t
         alpha, sigma, _, _ = self.path.at(t, x_t)
         # c_in x = (x_t / alpha) / sqrt(r^2 + s^2), without dividing by an alpha of 0.
         return x_t / (sigma.square() + (alpha * self.data_std).square()).sqrt()
 
-    def _finish(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    def estimate(
+        self, out: Float[Tensor, "b *sample"], x_t: Float[Tensor, "b *sample"], t: Tensor, prediction: Prediction
+    ) -> Float[Tensor, "b *sample"]:
+        """Returns the prediction that is wanted, in float32, from what the network said."""
         out = out.float()
         if self.prediction != "edm":
             return self.path.convert(out, x_t.float(), t, self.prediction, prediction)
@@ -101,7 +110,8 @@ class Denoiser(nn.Module):
         x0 = (alpha * variance / spread * x_t + sigma * self.data_std / spread.sqrt() * out).float()
         return self.path.convert(x0, x_t.float(), t, "x0", prediction)
 
-    def _time(self, t: Tensor) -> Tensor:
+    def network_time(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Returns times (B,) as the network is given them."""
         if self.time_input == "time":
             return t
         if self.time_input == "thousandths":
@@ -109,7 +119,13 @@ class Denoiser(nn.Module):
         alpha, sigma, _, _ = self.path.at(t)
         if self.time_input == "saturating":
             return 1000 * sigma / (alpha + sigma)
-        return (sigma / alpha).log() / 4
+        return (sigma / alpha).clamp(*_TOLD_APART).log() / 4
+
+    def save_for_pipelines(self, folder: Path, kept: Mapping[str, Any]) -> str:
+        """See `lit_distill.diffusion.pipelines.save_for_pipelines`."""
+        from lit_distill.diffusion.pipelines import save_for_pipelines
+
+        return save_for_pipelines(self, folder, kept)
 
     # ---- no condition ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Image data seen through an autoencoder."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lit_distill.core.errors import UsageError
 from lit_distill.diffusion.autoencoder import Autoencoder
 from lit_distill.diffusion.data import GeneratorImages
-from lit_distill.diffusion.text import TextBatch, TextEncoder, TextTable
+from lit_distill.diffusion.text import TextBatch, TextEncoder, TextTable, embedded
 from lit_distill.image.data.base import ImageBatch, ImageDataModule
 
 
@@ -23,7 +24,9 @@ class GeneratorLatents(GeneratorImages):
         source: The images, in [-1, 1]: mean and std 0.5 of each channel.
         autoencoder: The autoencoder.
         text: Makes conditions of captions, for networks that are conditioned on text.
-        caption: The caption of a class, with its name in place of {}.
+        caption: The caption of a class, with its name in place of {}; "{}" for `CaptionedImages`, whose classes are
+            captions.
+        cache_file: Safetensors file to keep embedded captions in, and to take them from.
         kwargs: See `GeneratorImages`.
 
     Raises:
@@ -36,6 +39,7 @@ class GeneratorLatents(GeneratorImages):
         autoencoder: Autoencoder,
         text: TextEncoder | None = None,
         caption: str = "a photo of a {}",
+        cache_file: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(source, **kwargs)
@@ -45,6 +49,7 @@ class GeneratorLatents(GeneratorImages):
         self.autoencoder = autoencoder
         self.text = text
         self.caption = caption
+        self.cache_file = None if cache_file is None else Path(cache_file)
         self._captions: TextTable | None = None
 
     def read_parts(self) -> dict[str, Any]:
@@ -66,6 +71,11 @@ class GeneratorLatents(GeneratorImages):
         latents, captions = self.autoencoder.encode(batch.images), self.captions(batch.labels)
         return batch._replace(images=latents) if captions is None else TextBatch(captions, batch.index, latents)
 
+    @property
+    def caption_count(self) -> int:
+        """Number of captions; 0 where there are none."""
+        return 0 if self.text is None else len(self.classes)
+
     def captions(self, labels: Int[Tensor, " b"]) -> dict[str, Tensor] | None:
         """Returns the embedded captions of classes; none where conditions are the classes themselves."""
         return None if self.text is None else self._table(self.text)(labels + 1)
@@ -86,5 +96,6 @@ class GeneratorLatents(GeneratorImages):
     def _table(self, text: TextEncoder) -> TextTable:
         if self._captions is None:
             self.setup()
-            self._captions = TextTable(text(["", *(self.caption.format(name) for name in self.classes)]))
+            prompts = ["", *(self.caption.format(name) for name in self.classes)]
+            self._captions = TextTable(embedded(text, prompts, self._placement()[2], self.cache_file))
         return self._captions

@@ -59,7 +59,16 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Computes the output (B, ...)."""
+        """Computes the output (B, ...).
+
+        Raises:
+            UsageError: Samples have another number of pixels than the network was made for.
+        """
+        if x[0].numel() != self.first.in_features:
+            raise UsageError(
+                f"network.features: it was made for samples of {self.first.in_features} numbers, these have "
+                f"{x[0].numel()}; give data of that size, or another network"
+            )
         angles = time[:, None] * self.frequencies.to(time)
         embedding = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
         if self.classes is not None and condition is not None:

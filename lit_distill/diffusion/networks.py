@@ -22,7 +22,7 @@ def call_network(network: nn.Module, x: Tensor, time: Tensor, condition: Conditi
     Args:
         network: The network.
         x: (B, ...) its input.
-        time: (B,) the time, in the network's own units.
+        time: (B,) the time, in the network's own units, float32: bfloat16 would make 1000 of 999.
         condition: Class numbers (B,); or tensors by name, which are given to the network as its own keywords.
 
     Returns:
@@ -68,7 +68,7 @@ def diffusers_network(
 
 
 def _plain(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    return network(x, time, condition)
+    return network(x, time.to(x.dtype), condition)
 
 
 def _class_unet(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:

@@ -149,6 +149,10 @@ class GaussianPath(ABC):
         a = self.alpha(t) / self.alpha(s)
         return a, (self.sigma(t).square() - (a * self.sigma(s)).square()).clamp(min=0).sqrt()
 
+    def described(self) -> dict[str, Any]:
+        """Returns class and arguments, from which the path can be made again."""
+        return {"class": type(self).__name__, "t_min": self.t_min, "t_max": self.t_max}
+
     @property
     def variance_preserving(self) -> bool:
         """Whether alpha^2 + sigma^2 = 1."""
@@ -308,6 +312,10 @@ class VPPath(GaussianPath):
         low = (torch.searchsorted(table, angle.contiguous()) - 1).clamp(0, len(table) - 2)
         share = (angle - table[low]) / (table[low + 1] - table[low])
         return (low + share).clamp(self.t_min, self.t_max)
+
+    def described(self) -> dict[str, Any]:
+        """See `GaussianPath`; with the table, whatever it came from."""
+        return {"class": type(self).__name__, "alphas_cumprod": self._angle.cos().square().tolist()}
 
 
 _DIFFUSERS: dict[str, Prediction] = {

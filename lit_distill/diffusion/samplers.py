@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,10 @@ class Sampler(ABC):
     @abstractmethod
     def evaluations(self) -> int:
         """Returns how many times the network runs for a sample."""
+
+    def described(self) -> dict[str, Any]:
+        """Returns class and arguments, as in YAML."""
+        return {"class_path": f"{type(self).__module__}.{type(self).__name__}", "init_args": dict(vars(self))}
 
 
 class _Solver(Sampler):

@@ -19,12 +19,20 @@ from lit_distill.diffusion.autoencoder import Autoencoder
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.evaluation import PICTURE, GenerationEvaluation
 
-# What `encode_prompt` of each pipeline returns first, by the names under which networks take it.
-_OUTPUTS = {
+# What `encode_prompt` of each pipeline returns, by the names under which networks take it; None is not wanted.
+_OUTPUTS: dict[str, tuple[str | None, ...]] = {
     "StableDiffusionPipeline": ("encoder_hidden_states",),
+    "StableDiffusionXLPipeline": ("encoder_hidden_states", None, "text_embeds"),
+    "StableDiffusion3Pipeline": ("encoder_hidden_states", None, "pooled_projections"),
     "PixArtAlphaPipeline": ("encoder_hidden_states", "encoder_attention_mask"),
+    "WanPipeline": ("encoder_hidden_states",),
 }
-_READ = ("text_encoder", "tokenizer")
+# What else it asks for. All encoders of one are given the same prompt.
+_WORDS: dict[str, dict[str, Any]] = {
+    "StableDiffusion3Pipeline": {"num_images_per_prompt": 1, "prompt_2": None, "prompt_3": None},
+    "WanPipeline": {"num_videos_per_prompt": 1, "max_sequence_length": 512},
+}
+_READ = ("text_encoder", "tokenizer")  # and what is numbered after these
 
 
 class TextBatch(NamedTuple):
@@ -47,13 +55,14 @@ class TextEncoder:
     """Makes of prompts what networks are conditioned on, the way the pipeline in a folder of diffusers does.
 
     Args:
-        folder: Folder of a StableDiffusionPipeline (versions 1 and 2) or PixArtAlphaPipeline, or its name where it is
-            in the local cache. Nothing is downloaded; of the pipeline, tokenizer and text encoder are read.
+        folder: Folder of the pipeline of Stable Diffusion (1 and 2, XL, 3), PixArt-alpha or Wan, or its name where it
+            is in the local cache. Nothing is downloaded; of the pipeline, tokenizers and text encoders are read.
         batch_size: Prompts at once.
+        resolution: Pixels of each side of the images, which Stable Diffusion XL is told besides.
     """
 
-    def __init__(self, folder: str, batch_size: int = 64) -> None:
-        self.folder, self.batch_size = folder, batch_size
+    def __init__(self, folder: str, batch_size: int = 64, resolution: int | None = None) -> None:
+        self.folder, self.batch_size, self.resolution = folder, batch_size, resolution
 
     def __call__(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Embeds prompts: (N, ...) by name, float32, on the CPU.
@@ -66,15 +75,23 @@ class TextEncoder:
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The same with what `load` gave."""
-        pipeline.text_encoder.to(device).eval()
-        names = _OUTPUTS[type(pipeline).__name__]
+        for encoder in encoders(pipeline).values():
+            encoder.to(device).eval()
+        kind = type(pipeline).__name__
+        words: dict[str, Any] = {"do_classifier_free_guidance": False, "device": torch.device(device)}
+        words |= _WORDS.get(kind, {"num_images_per_prompt": 1})
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(prompts), self.batch_size):
             some = list(prompts[start : start + self.batch_size])
-            words = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": torch.device(device)}
-            for name, value in zip(names, pipeline.encode_prompt(some, **words), strict=False):
-                parts.setdefault(name, []).append(value.float().cpu())
-        return {name: torch.cat(values) for name, values in parts.items()}
+            for name, value in zip(_OUTPUTS[kind], pipeline.encode_prompt(some, **words), strict=False):
+                if name is not None:
+                    parts.setdefault(name, []).append(value.float().cpu())
+        found = {name: torch.cat(values) for name, values in parts.items()}
+        if kind == "StableDiffusionXLPipeline":
+            # Height and width of the original, corner of the crop, height and width of the target.
+            size = float(self.resolution or 0)
+            found["time_ids"] = torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(len(prompts), -1)
+        return found
 
     def load(self) -> Any:
         """Reads tokenizer and text encoder, in a pipeline that has nothing else.
@@ -94,12 +111,17 @@ class TextEncoder:
         name = config["_class_name"]
         if name not in _OUTPUTS:
             raise UsageError(f"data.text: the text of a {name} is not known; known are {', '.join(_OUTPUTS)}")
+        if name == "StableDiffusionXLPipeline" and self.resolution is None:
+            raise UsageError("data.text.resolution: Stable Diffusion XL is told the size of images; give it in pixels")
+        if name == "StableDiffusion3Pipeline" and config["text_encoder_3"][0] is None:
+            raise UsageError(f"data.text: {self.folder} has no text_encoder_3 (T5); take a folder that has all three")
         local = Path(self.folder)
-        # transformers makes an empty tokenizer where there is none.
-        if local.is_dir() and not all((local / part).is_dir() for part in _READ):
-            raise self._missing()
         parts = [key for key, value in config.items() if isinstance(value, list | tuple) and len(value) == 2]
-        unused: dict[str, Any] = {part: None for part in parts if part not in _READ}
+        read = [key for key in parts if key.rstrip("_0123456789") in _READ and config[key][0] is not None]
+        # transformers makes an empty tokenizer where there is none.
+        if local.is_dir() and not all((local / part).is_dir() for part in {*read, *_READ}):
+            raise self._missing()
+        unused: dict[str, Any] = {part: None for part in parts if part not in read}
         try:
             return DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **unused)
         except (OSError, ValueError) as error:
@@ -107,6 +129,36 @@ class TextEncoder:
 
     def _missing(self) -> UsageError:
         return UsageError(f"data.text: {self.folder} has no text encoder, or no tokenizer for it; put both there")
+
+
+def encoders(pipeline: Any) -> dict[str, Any]:
+    """Returns the text encoders of a pipeline by name."""
+    return {key: part for key, part in pipeline.components.items() if "text_encoder" in key and part is not None}
+
+
+def embedded(
+    text: TextEncoder, prompts: Sequence[str], device: torch.device | str = "cpu", cache_file: Path | None = None
+) -> dict[str, Tensor]:
+    """Embeds prompts, or takes them from a file, which is written if there is none: (N, ...) by name.
+
+    Args:
+        text: The text encoder.
+        prompts: N prompts.
+        device: Where to embed them.
+        cache_file: Safetensors file with float16, refused when prompts or text encoders are others.
+    """
+    pipeline = text.load()
+    if cache_file is None:
+        return text.embed(pipeline, prompts, device)
+    described = {
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        **{name: weights_fingerprint(encoder) for name, encoder in encoders(pipeline).items()},
+    }
+    if not cache_file.is_file():
+        parts = torch.arange(len(prompts)).split(text.batch_size)
+        batches = ((index, text.embed(pipeline, [prompts[i] for i in index.tolist()], device)) for index in parts)
+        TeacherCache.write(cache_file, described, batches, size=len(prompts), dtype=torch.float16)
+    return TeacherCache.open(cache_file, described).outputs
 
 
 class TextTable:
@@ -181,28 +233,11 @@ class Prompts(EpochDataModule[_PromptPart]):
         self.prompts = list(dict.fromkeys(["", *(line for lines in found.values() for line in lines)]))
         row = {prompt: number for number, prompt in enumerate(self.prompts)}
         rows = {key: torch.tensor([row[line] for line in lines]) for key, lines in found.items()}
-        self.table = TextTable(self._embedded())
+        self.table = TextTable(embedded(self.text, self.prompts, self._placement()[2], self.cache_file))
         self._negative = rows.get("negative_prompts")
         train = rows["prompts"]
         test = rows.get("test_prompts", train[: self.eval_batch_size])
         return {"train": _PromptPart(train), "test": _PromptPart(test)}
-
-    def _embedded(self) -> dict[str, Tensor]:
-        pipeline = self.text.load()
-        device = self._placement()[2]
-        if self.cache_file is None:
-            return self.text.embed(pipeline, self.prompts, device)
-        described = {
-            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
-            "text_encoder": weights_fingerprint(pipeline.text_encoder),
-        }
-        if not self.cache_file.is_file():
-            parts = torch.arange(len(self.prompts)).split(self.text.batch_size)
-            batches = (
-                (index, self.text.embed(pipeline, [self.prompts[i] for i in index.tolist()], device)) for index in parts
-            )
-            TeacherCache.write(self.cache_file, described, batches, size=len(self.prompts), dtype=torch.float16)
-        return TeacherCache.open(self.cache_file, described).outputs
 
     def no_part(self, name: str) -> str:
         """See `EpochDataModule`."""
@@ -219,6 +254,15 @@ class Prompts(EpochDataModule[_PromptPart]):
 
     def _batch(self, rows: Tensor, index: Tensor, negative: Tensor | None = None) -> TextBatch:
         return TextBatch(self.table(rows), index, negative=None if negative is None else self.table(negative))
+
+    @property
+    def caption_count(self) -> int:
+        """Number of training prompts."""
+        return self.part_size("train")
+
+    def captions(self, labels: Int[Tensor, " b"]) -> dict[str, Tensor]:
+        """Returns training prompts by number, embedded."""
+        return self.table(self.part("train").labels.to(labels.device)[labels])
 
     def null_condition(self) -> dict[str, Tensor]:
         """Returns the embedding of the empty prompt, (1, ...) by name."""

@@ -12,19 +12,22 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
-def save_student(state: Mapping[str, Any], spec: Mapping[str, Any], folder: Path) -> None:
+def save_student(
+    state: Mapping[str, Any], spec: Mapping[str, Any], folder: Path, kept: Mapping[str, Any] | None = None
+) -> None:
     """Writes a network as `model.safetensors` and `config.json`, so that it loads without this run and without pickles.
 
     Args:
         state: State dict of the trained network. Weights tied to each other are written once for each name.
         spec: Its `{class_path, init_args}`, from the run's configuration.
         folder: `student/` of the run.
+        kept: What the method says of its use; written beside the specification.
     """
     from safetensors.torch import save_file
 
     with atomic_path(folder / WEIGHTS_FILE) as path:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
-    write_json(folder / CONFIG_FILE, network_spec(spec))
+    write_json(folder / CONFIG_FILE, {**network_spec(spec), **(kept or {})})
 
 
 def network_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +51,8 @@ def export(run: str, to: str, format: Literal["safetensors", "onnx", "hf"] = "sa
         run: The run folder, such as runs/quickstart/kd-s0.
         to: Folder to write.
         format: "safetensors" (weights and config.json, loaded by lit_distill.core.pretrained), "onnx", or "hf" (a
-            language model with its tokenizer, loaded by the transformers library).
+            language model with its tokenizer, loaded by the transformers library; or a network of diffusers with the
+            scheduler that it was trained for).
     """
     source = _student_folder(Path(run))
     target = Path(to)
@@ -104,6 +108,11 @@ def _export_hf(source: Path, run: Path, target: Path) -> None:
     from lit_distill.core.networks import pretrained
 
     network: Any = pretrained(str(source))
+    if hasattr(network, "save_for_pipelines"):
+        with atomic_folder(target) as part:
+            said = network.save_for_pipelines(part, json.loads((source / CONFIG_FILE).read_text(encoding="utf-8")))
+        print(said)
+        return
     if not hasattr(network, "save_pretrained"):
         raise UsageError(
             f"--format hf: the student of {run} is a {type(network).__name__}, which the transformers library does not "

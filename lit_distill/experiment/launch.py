@@ -269,7 +269,7 @@ class DistillCLI(LightningCLI):
         state = None if student is None else full_state(student)
         if state is not None and trainer.is_global_zero:
             spec = _plain(config.model.init_args[fit_model.product])
-            save_student(state, spec, self.folder / "student")
+            save_student(state, spec, self.folder / "student", kept=fit_model.kept_with_product())
         if config.run.test and _has_test_data(self.datamodule, fit_model):
             results = trainer.test(fit_model, datamodule=self.datamodule, verbose=False)
             metrics |= {key: float(value) for row in results for key, value in row.items() if key.startswith("test/")}

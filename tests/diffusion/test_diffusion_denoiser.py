@@ -1,4 +1,6 @@
 # ruff: noqa: C408 (arguments of classes read best as such)
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -16,7 +18,8 @@ from lit_distill.diffusion.denoiser import Denoiser, chosen, guided, joined
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.models import GaussianMixture, ResidualMLP, small_unet
 from lit_distill.diffusion.networks import diffusers_network
-from lit_distill.diffusion.paths import EDMPath, FlowPath, VPPath
+from lit_distill.diffusion.paths import EDMPath, FlowPath, TrigPath, VPPath
+from lit_distill.diffusion.samplers import DDIM, Heun, Renoise
 
 
 class Linear(nn.Module):
@@ -47,6 +50,26 @@ def test_a_prediction_is_asked_for_and_the_path_converts_it():
     torch.testing.assert_close(denoiser(x, t, torch.arange(3), "u"), u)
     torch.testing.assert_close(denoiser(x, t, torch.arange(3)), x - t[:, None].float() * u)
     torch.testing.assert_close(denoiser.network.time, torch.tensor([200.0, 500.0, 1000.0]))
+
+
+@pytest.mark.parametrize(
+    "path", [FlowPath(), TrigPath(), VPPath(alphas_cumprod=[0.99, 0.5, 0.0])], ids=lambda path: type(path).__name__
+)
+def test_pure_noise_and_pure_data_have_a_log_noise_too(path, make_denoiser):
+    x, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    denoiser = make_denoiser(path=path)
+    end = denoiser(x, path.t_max, labels)
+    # c_skip is 0 there, c_out the data's std; the network sees the noise itself, of standard deviation 1.
+    expected = 0.75 * denoiser.network(x, torch.full((3,), math.log(1e4) / 4), labels)
+    torch.testing.assert_close(end, expected)
+    torch.testing.assert_close(denoiser(x, path.t_max - 1e-6, labels), end, rtol=1e-2, atol=1e-2)
+    for prediction in ("eps", "u", "score"):
+        assert denoiser(x, path.t_max, labels, prediction).isfinite().all()
+    if isinstance(path, FlowPath):
+        assert torch.equal(denoiser(x, 0.0, labels), x)  # c_skip is 1, c_out is 0
+    noise = torch.randn(3, 1, 8, 8)
+    for sampler in (Renoise([path.t_max]), DDIM([path.t_max, path.t_max / 2]), Heun(3)):
+        assert sampler(lambda x, t: denoiser(x, t, labels), path, noise, Draws(0)).isfinite().all()
 
 
 def test_guidance_is_uncond_plus_scale_times_the_difference_in_one_call():
@@ -215,6 +238,11 @@ def test_flux_sees_each_square_of_latents_as_a_token():
     torch.testing.assert_close(
         seen["img_ids"], FluxPipeline._prepare_latent_image_ids(1, 4, 4, torch.device("cpu"), torch.float32)
     )
+
+
+def test_a_network_says_that_samples_have_another_size(make_denoiser):
+    with pytest.raises(UsageError, match=r"made for samples of 64 numbers, these have 256"):
+        make_denoiser()(torch.zeros(2, 1, 16, 16), 1.0)
 
 
 def test_text_networks_say_that_text_is_missing():

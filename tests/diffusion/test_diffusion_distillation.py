@@ -19,6 +19,7 @@ from lit_distill.diffusion.methods.dmd2 import DMD2
 from lit_distill.diffusion.models import GaussianMixture
 from lit_distill.diffusion.paths import EDMPath, FlowPath
 from lit_distill.diffusion.rollout import Sample
+from lit_distill.experiment.resume_point import ResumePoint
 
 TAPS = ["network.blocks.1"]
 
@@ -198,6 +199,37 @@ def test_a_student_that_is_not_finite_stops_the_run(trainer, digits, make_denois
 
 
 # ---- the fake score -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["loss", "weight", "gradient"])
+def test_what_is_not_finite_is_named_and_does_not_replace_the_last_good_checkpoint(
+    where, trainer, digits, make_denoiser, little, tmp_path
+):
+    class Planted(DMD2):
+        def extra_student_loss(self, sample, condition, batch, draws):
+            terms = dict(super().extra_student_loss(sample, condition, batch, draws))
+            if self.iteration == 8 and where == "loss":
+                terms["gan"] = terms["gan"] * math.nan
+            if self.iteration == 11 and where == "gradient":  # of the last batch; the loss itself is finite
+                terms["gan"] = terms["gan"] + (0 * sample.x0.sum()).sqrt()
+            return terms
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            if self.iteration == 9 and where == "weight":
+                with torch.no_grad():
+                    self.student.network.last.weight[0, 0] = math.nan
+
+    module = Planted(
+        make_denoiser(), make_denoiser(1), [2.5], fake_updates=1, taps=TAPS, gan_weight=1.0, evaluation=little
+    )
+    point = ResumePoint(tmp_path / "last.ckpt", every_n_batches=4)
+    fit = trainer(callbacks=[point], enable_checkpointing=True, max_epochs=2, log_every_n_steps=50)
+    with pytest.raises(RunError, match=r"student\.network\.\S+ is not finite after \d+ iterations; .* is kept"):
+        fit.fit(module, datamodule=copy.deepcopy(digits))
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["iteration"] == {"loss": 6, "weight": 6, "gradient": 10}[where]
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
 def test_a_lora_begins_as_the_teacher_shares_its_weights_and_trains_adapters_alone(

@@ -2,19 +2,33 @@
 
 import copy
 import json
+import operator
 import re
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
 from score_methods import attach, check_score_method
-from tiny_pipeline import RESOLUTION, TOKENS, WIDTH, save_pixart, save_stable_diffusion
+from tiny_pipeline import (
+    RESOLUTION,
+    TOKENS,
+    WIDTH,
+    save_pixart,
+    save_sd3,
+    save_sdxl,
+    save_stable_diffusion,
+    save_wan,
+)
 
 from lit_distill.cli import main
 from lit_distill.core.errors import UsageError
+from lit_distill.core.networks import instantiate
 from lit_distill.diffusion.autoencoder import Autoencoder
 from lit_distill.diffusion.denoiser import Denoiser
 from lit_distill.diffusion.fake import LoRA
@@ -25,11 +39,45 @@ from lit_distill.diffusion.methods.swiftbrush import SwiftBrush
 from lit_distill.diffusion.networks import diffusers_network
 from lit_distill.diffusion.paths import scheduler_path
 from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
+from lit_distill.experiment.export import save_student
 from lit_distill.image import DigitsDataModule
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a cat", "a red dog", "a cat", "photo of a dog", "dog", "red"]
-PUBLISHED = {"swiftbrush": "sd", "snoopi_sd15": "sd", "snoopi": "pixart"}
+PUBLISHED = {
+    "swiftbrush": "sd",
+    "snoopi_sd15": "sd",
+    "snoopi": "pixart",
+    "dmd2_sd15": "sd",
+    "dmd2_sdxl": "sdxl",
+    "dmd2_sd3": "sd3",
+    "decoupled_dmd_sdxl": "sdxl",
+    "phased_dmd_wan": "wan",
+    "nitrofusion_sdxl": "sdxl",
+}
+# What a tiny network, a few batches and a few images ask for.
+SMALLER = {
+    "dmd2_sd3": {"taps": ["network.transformer_blocks.1.ff"], "guidance": 2.0},
+    "phased_dmd_wan": {"phase_iterations": 2},
+    "nitrofusion_sdxl": {
+        "pool_size": 24,
+        "heads": 1,
+        "teacher_samples": 4,
+        "stage_iterations": 1,
+        "taps": ["network.conv_in", "network.mid_block"],
+    },
+}
+
+
+def sdxl_student(folder):
+    network = {"class_name": "UNet2DConditionModel", "folder": folder, "subfolder": "unet"}
+    return {
+        "network": {"class_path": "lit_distill.diffusion.diffusers_network", "init_args": network},
+        "path": {"class_path": "lit_distill.diffusion.scheduler_path", "init_args": {"folder": folder}},
+        "prediction": "eps",
+        "time_input": "time",
+        "no_condition": "zeros",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +85,18 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
     save_stable_diffusion(folder / "sd")
     save_pixart(folder / "pixart")
+    save_sdxl(folder / "sdxl")
+    save_sd3(folder / "sd3")
+    save_wan(folder / "wan")
+    spec = {"class_path": "lit_distill.diffusion.Denoiser", "init_args": sdxl_student(str(folder / "sdxl"))}
+    for run in ("dmd2_1step", "dmd2_4steps"):
+        save_student(instantiate(spec).state_dict(), spec, folder / run / "student")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        pixels = torch.randint(256, (20, 24, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    rows = [json.dumps({"image": f"{number}.png", "caption": prompt}) for number, prompt in enumerate(PROMPTS)]
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     (folder / "negative.txt").write_text("blurry\nlow quality\nred\n")
     return folder
@@ -202,10 +262,25 @@ def published(path, pipelines, root, **changes):
     """A published file with another folder and prompts of ours."""
     text = path.read_text()
     (folder,) = set(re.findall(r"(?<!sub)folder: ([^,}\s]+)", text))
-    text = text.replace(folder, str(pipelines / PUBLISHED[path.stem]))
+    text = text.replace(folder, str(pipelines / PUBLISHED[path.stem])).replace("runs/sdxl", str(pipelines))
     config = yaml.safe_load(text)
+    config["model"]["init_args"] |= SMALLER.get(path.stem, {})
     data = config["data"]["init_args"]
-    data |= {"prompts": str(pipelines / "prompts.txt"), "resolution": RESOLUTION, "batch_size": 2}
+    data["batch_size"] = 2
+    if "source" in data:
+        data |= {"cache_file": str(root / "captions.safetensors"), "epoch_batches": 3}
+        data["source"]["init_args"] |= {
+            "captions": str(pipelines / "captions.jsonl"),
+            "image_size": RESOLUTION,
+            "num_workers": 0,
+        }
+        config["model"]["init_args"]["evaluation"]["init_args"] |= {"val_samples": 4, "real_samples": 4}
+    else:
+        data |= {"prompts": str(pipelines / "prompts.txt"), "resolution": RESOLUTION}
+        if "cache_file" in data:
+            data["cache_file"] = str(root / "prompts.safetensors")
+    if "resolution" in data["text"]["init_args"]:
+        data["text"]["init_args"]["resolution"] = RESOLUTION
     if "negative_prompts" in data:
         data["negative_prompts"] = str(pipelines / "negative.txt")
     data |= changes
@@ -215,32 +290,76 @@ def published(path, pipelines, root, **changes):
             "--trainer.enable_progress_bar=false"]  # fmt: skip
 
 
+def _weights(name):
+    part = "unet" if PUBLISHED[name] in ("sd", "sdxl") else "transformer"
+    return f"{part}/diffusion_pytorch_model.safetensors"
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_train_on_tiny_pipelines(name, pipelines, tmp_path):
     words = published(ROOT / f"configs/diffusion/{name}.yaml", pipelines, tmp_path)
     assert main([*words, "--trainer.max_epochs=1", "--model.init_args.evaluation.init_args.samples=2"]) == 0
     folder = tmp_path / "default/x"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["metrics"]["test/nfe"] == 1
-    assert summary["metrics"]["test/std"] > 0
-    assert summary["panels"]["samples"]["rows"] == [["a cat"], ["a red dog"]]
+    model = yaml.safe_load((ROOT / f"configs/diffusion/{name}.yaml").read_text())["model"]["init_args"]
+    one = name in ("swiftbrush", "snoopi", "snoopi_sd15", "dmd2_sd15")
+    assert summary["metrics"]["test/nfe"] == (1 if one else 4)
+    assert summary["metrics"]["test/std" if "Prompt" in str(model["evaluation"]) else "test/std_ratio"] > 0
+    assert summary["panels"]["samples"]["rows"][:2] == [["a cat"], ["a red dog"]]
     assert (folder / "samples.png").stat().st_size > 100
     assert (folder / "student/model.safetensors").is_file()
-    assert "train/fake" in (folder / "metrics.csv").read_text().splitlines()[0]
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert ("train/discriminator" if "taps" in model else "train/fake") in header
+    before = load_file(pipelines / PUBLISHED[name] / _weights(name))
+    after = load_file(folder / "student/model.safetensors")
+    prefix = "network.0.network." if name == "phased_dmd_wan" else "network."
+    assert any(not torch.equal(value, after[prefix + key]) for key, value in before.items())
+
+
+NETWORK = "model.init_args.student.init_args.network.init_args"
+NULLS = [f"model.init_args.{role}.init_args.no_condition" for role in ("student", "teacher")]
+WRONG_CHANNELS = {
+    "class_name": "UNet2DConditionModel",
+    "config": {"in_channels": 3, "block_out_channels": [8], "down_block_types": ["DownBlock2D"],
+               "up_block_types": ["UpBlock2D"], "norm_num_groups": 4, "cross_attention_dim": WIDTH},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resolution": 17}, "data.resolution: 17 pixels do not fit the autoencoder, which makes one latent of 2"),
-        ({"prompts": "none.txt"}, "data.prompts: none.txt cannot be read as text"),
+        ({"data.init_args.resolution": 17}, "data.resolution: 17 pixels do not fit the autoencoder, which makes one"),
+        ({"data.init_args.prompts": "none.txt"}, "data.prompts: none.txt cannot be read as text"),
+        ({NETWORK: WRONG_CHANNELS}, "model.student: its network takes 3 channels, the data have 4; give data, or"),
+        ({"scheduler": {"prediction_type": "v_prediction"}}, "it is 'eps', but the scheduler says 'v'; give that"),
+        ({"scheduler": {"rescale_betas_zero_snr": True}}, "'eps' says nothing of the data at t = 999, where the path"),
+        ({"without": "text_encoder"}, "has no text encoder, or no tokenizer for it; put both there"),
+        (dict.fromkeys(NULLS), "model.guidance needs a network that knows 'no condition'; train it with label_dropout"),
+        ({"model.init_args.steps": [499.0, 999.0]}, "model.steps: [499.0, 999.0] does not decrease; time grows with"),
     ],
+    ids=["resolution", "prompts", "channels", "prediction", "zero_snr", "text_encoder", "null", "steps"],
 )
 def test_mistakes_give_one_line(change, message, pipelines, tmp_path, capsys):
-    words = published(ROOT / "configs/diffusion/swiftbrush.yaml", pipelines, tmp_path, **change)
+    words = published(ROOT / "configs/diffusion/swiftbrush.yaml", pipelines, tmp_path)
+    file = Path(words[4])
+    if "scheduler" in change or "without" in change:
+        folder = tmp_path / "sd"
+        shutil.copytree(pipelines / "sd", folder)
+        file.write_text(file.read_text().replace(str(pipelines / "sd"), str(folder)))
+        config = folder / "scheduler/scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change.get("scheduler", {})))
+        if "without" in change:
+            shutil.rmtree(folder / change["without"])
+    else:
+        config = yaml.safe_load(file.read_text())
+        for key, value in change.items():
+            *path, last = key.split(".")
+            reduce(operator.getitem, path, config)[last] = value
+        file.write_text(yaml.safe_dump(config))
     assert main(words) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if message in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1
+    assert message in lines[0]
 
 
 def test_a_missing_text_encoder_is_told(pipelines, tmp_path):
