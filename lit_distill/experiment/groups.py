@@ -83,8 +83,9 @@ def config_without_seed(run: Run) -> tuple[str, ...]:
     """The lines of a run's configuration that may not differ between runs which are averaged.
 
     Left out are the seed, where things are written and how the run is watched, and the section `run`, which names it;
-    the run's own name and the seed of a run folder inside a path (`teacher-s3/student`) are blanked. Works on the text,
-    since parsing a thousand YAML files takes seconds; one writer wrote them all, so like configurations read alike.
+    the run's own name and the seed of a run folder inside a path (`teacher-s3/student`) are blanked. So is
+    what is null left out, for it is as good as an option that an earlier version did not have. Works on the text, since
+    parsing a thousand YAML files takes seconds; one writer wrote them all, so like configurations read alike.
     """
     text = _RUN_SECTION.sub("", run.config_text())
     if run.name in text:  # rarely: expressions made for each of a thousand runs take a second
@@ -92,7 +93,8 @@ def config_without_seed(run: Run) -> tuple[str, ...]:
     if "-s" in text:
         folder, end = _seeds_in_paths(run.path.parent.name)
         text = end.sub(r"\1*", folder.sub(r"\1*", text))
-    return tuple(filter(str.strip, _IGNORED_LINES.sub("", text).splitlines()))
+    lines = _IGNORED_LINES.sub("", text).splitlines()
+    return tuple(line for line in lines if line.strip() and not line.endswith(": null"))
 
 
 @functools.cache

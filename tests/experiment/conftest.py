@@ -4,38 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from samples import HOSTILE, RELIABILITY, history
+from samples import CONFIG, HOSTILE, RELIABILITY, history
 
 from lit_distill.experiment.compare import compare_runs
 from lit_distill.experiment.dashboard import write_dashboard
 from lit_distill.experiment.runs import find_runs
-
-CONFIG = """seed_everything: {seed}
-run:
-  root: runs
-  experiment: {experiment}
-  name: {name}
-trainer:
-  max_steps: 100
-  default_root_dir: runs/{experiment}/{name}
-  logger:
-  - class_path: lit_distill.experiment.logger.RunLogger
-    init_args:
-      save_dir: runs
-      version: {name}
-model:
-  class_path: {method}
-  init_args:
-    teacher: runs/{experiment}/teacher-s{seed}
-    lr: {lr}
-data:
-  class_path: {data}
-  init_args:
-    root: {root}
-    batch_size: {batch_size}
-    train_size: {train_size}
-    seed: {seed}
-"""
 
 
 @pytest.fixture

@@ -8,3 +8,31 @@ HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>",
 def history(accuracy):
     rows = [f"{step},0,{2 - step / 100},{accuracy - 10 / step},{step / 1000}" for step in range(25, 101, 25)]
     return "step,epoch,train/loss,val/acc,val/ece\n" + "\n".join(rows) + "\n"
+
+
+CONFIG = """seed_everything: {seed}
+run:
+  root: runs
+  experiment: {experiment}
+  name: {name}
+trainer:
+  max_steps: 100
+  default_root_dir: runs/{experiment}/{name}
+  logger:
+  - class_path: lit_distill.experiment.logger.RunLogger
+    init_args:
+      save_dir: runs
+      version: {name}
+model:
+  class_path: {method}
+  init_args:
+    teacher: runs/{experiment}/teacher-s{seed}
+    lr: {lr}
+data:
+  class_path: {data}
+  init_args:
+    root: {root}
+    batch_size: {batch_size}
+    train_size: {train_size}
+    seed: {seed}
+"""

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from conftest import CONFIG
+from samples import CONFIG
 from scipy import stats
 
 from lit_distill.core.errors import UsageError
@@ -115,6 +117,13 @@ def test_runs_that_differ_by_more_than_the_seed_are_not_averaged(write_run, comp
     comparison = compared()
     assert [len(group.runs) for group in comparison.groups] == [1, 1]
     assert "differ by more than the seed" in comparison.notes[0]
+
+
+def test_an_option_that_is_null_is_like_one_that_an_earlier_version_did_not_have(write_run, compared):
+    write_run("kd", 0, config=CONFIG.replace("    train_size: {train_size}\n", ""))
+    write_run("kd", 1)
+    write_run("kd", 2, train_size=500)
+    assert sorted(len(group.runs) for group in compared().groups) == [1, 2]
 
 
 def test_rows_of_one_stage_are_labelled_by_what_differs(write_run, compared):
