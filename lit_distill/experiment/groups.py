@@ -221,8 +221,8 @@ def other_data(group: Group, base: Group, settings: Mapping[str, Sequence[str]])
         return ""
     if mine[:1] != theirs[:1]:  # the class path
         return f"its data are {group.data}, those of {base.label} are {base.data}"
-    ours = [line.strip() for line in mine if line not in theirs] or ["fewer settings"]
-    others = [line.strip() for line in theirs if line not in mine] or ["fewer settings"]
+    ours = [line.strip() for line in mine if line not in theirs] or ["no such setting"]
+    others = [line.strip() for line in theirs if line not in mine] or ["no such setting"]
     return f"its data have {', '.join(ours[:3])}, those of {base.label} have {', '.join(others[:3])}"
 
 
