@@ -344,7 +344,10 @@ def compare(
         place, left_out = mirror(wandb)
         dirs = [*dirs, str(place)]
     elif not dirs:
-        raise UsageError("compare: no runs are named; give folders that hold runs, or --wandb ENTITY/PROJECT")
+        raise UsageError(
+            "compare: no DIR is named; give folders that hold runs, or --wandb ENTITY/PROJECT; "
+            "`lit-distill compare --help` explains"
+        )
     runs = find_runs(dirs)
     if not runs:
         raise UsageError(f"no runs under {_listed(map(str, dirs))}; a run is a folder with config.yaml or summary.json")

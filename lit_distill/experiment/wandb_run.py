@@ -50,6 +50,7 @@ class WandbRun(WandbLogger):
 
     def __init__(self, project: str = "lit-distill", entity: str | None = None, artifacts: bool = True) -> None:
         super().__init__(project=project, entity=entity)
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is None
         self.artifacts = artifacts
         self.folder: Path | None = None
         self.counter: Callable[[], int] | None = None  # in place of the step that is passed
@@ -139,7 +140,7 @@ class WandbRun(WandbLogger):
         # Said outright: once W&B's library is at work in a process, it no longer looks at the variable.
         mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
         offline = mode == "online" and not os.environ.get("WANDB_MODE") and not has_key()
-        if self.folder is not None:
+        if self.folder is not None and mode != "disabled":
             self._wandb_init["id"] = self._id = _run_id(self.folder / ID_FILE)
         run = wandb.init(**{**self._wandb_init, "reinit": "finish_previous", "mode": "offline" if offline else mode})
         run.define_metric(STEP)

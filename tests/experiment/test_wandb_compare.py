@@ -160,10 +160,11 @@ def test_foreign_running_and_unsafe_runs(quick, tmp_path):
     running.recorded = [file for file in running.recorded if file.name.endswith("config.yaml")]
     huge = RecordedFile("lit_distill/metrics.csv", quick[0].recorded[0].source, size=10**9)
     quick[3].recorded = [file for file in quick[3].recorded if not file.name.endswith("metrics.csv")] + [huge]
-    climbing = RecordedRun("climb", quick[0].recorded[0].source.parent, group="../..", name="../../.ssh")
+    climbing = RecordedRun("climb", quick[0].recorded[0].source.parent, group="../x", name="../../.ssh")
     notes = fetch([*quick, running, RecordedRun("alien"), climbing], tmp_path / "mirror")
     assert notes == ["1 runs at W&B were not logged by lit-distill and are left out (alien)"]
     runs = {run.name: run for run in find_runs([tmp_path / "mirror"])}
+    assert runs["_.._.ssh"].path.parent.parent == tmp_path / "mirror"
     assert runs["live"].status == "unfinished"
     assert runs["kd-s1"].finished
     assert runs["kd-s1"].history() == {}

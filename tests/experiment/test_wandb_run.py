@@ -256,11 +256,39 @@ def test_two_processes_are_one_run(place):
 class Recorder:
     """What a logger needs of a run."""
 
-    def __init__(self, step=0):
-        self.step, self.rows, self.summary, self.disabled = step, [], {}, False
+    disabled = False
+
+    def __init__(self, dir=None):
+        self.dir, self.rows, self.summary, self.artifacts, self.ended = dir, [], {}, [], None
 
     def log(self, row, step):
         self.rows.append((step, row))
+
+    def save(self, path, **options):
+        assert Path(path).is_file()
+
+    def log_artifact(self, artifact):
+        self.artifacts.append((artifact.type, artifact.name, sorted(artifact.manifest.entries)))
+
+    def finish(self, exit_code):
+        self.ended = exit_code
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_distilled_set_is_an_artifact_beside_the_student(wanted, write_run, tmp_path):
+    folder = write_run("dm", experiment="quick set")
+    (folder / "distilled" / "more").mkdir(parents=True)
+    for name in ("images.safetensors", "distilled.json", "more/labels.json"):
+        (folder / "distilled" / name).write_text(name)
+    logger = WandbRun(artifacts=wanted)
+    logger._experiment, logger.folder = run, _ = Recorder(str(tmp_path)), folder
+    logger.close()
+    assert run.ended == 0
+    assert run.artifacts == ([
+        ("model", "student-quick-set-dm-s0", ["config.json"]),
+        ("dataset", "distilled-quick-set-dm-s0", ["distilled.json", "images.safetensors", "more/labels.json"]),
+    ] if wanted else [])  # fmt: skip
+    assert run.summary["test/acc"] == 0.9
 
 
 def test_what_comes_late_is_put_to_the_latest_iteration():
