@@ -79,11 +79,11 @@ def draws(sweep):
 def test_the_command_line_takes_every_parameter(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     sweep = read_sweep(path)
-    for values in draws(sweep):
-        check_words(fit_words(sweep, values))
-        # W&B's server sends 4.0 as 4.
-        whole = {k: int(v) if isinstance(v, float) and v == round(v) else v for k, v in values.items()}
-        check_words(fit_words(sweep, whole))
+    first, second = draws(sweep)
+    check_words(fit_words(sweep, first))
+    # W&B's server sends 4.0 as 4.
+    whole = {k: int(v) if isinstance(v, float) and v == round(v) else v for k, v in second.items()}
+    check_words(fit_words(sweep, whole))
 
 
 def test_a_parameter_that_no_configuration_has_is_refused(monkeypatch):
@@ -133,5 +133,5 @@ def test_sweep_runs_here(path, teachers, tmp_path, monkeypatch, capsys):  # noqa
 def test_what_wandb_calls_values_is_no_python(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text((ROOT / "sweeps/image/kd.yaml").read_text().replace("min: 1.0e-3", "min: 1e-3"))
-    with pytest.raises(UsageError, match="write 1.0e-4"):  # YAML 1.1 needs the dot
+    with pytest.raises(UsageError, match=r"write 1\.0e-4"):  # YAML 1.1 needs the dot
         read_sweep(path)
