@@ -58,6 +58,9 @@ def parse_only(monkeypatch):
 
     monkeypatch.setattr("lit_distill.experiment.compare.compare", lambda **_: 0)
     monkeypatch.setattr("lit_distill.experiment.export.export", lambda **_: 0)
+    from lit_distill.experiment.sweep.file import read_sweep
+
+    monkeypatch.setattr("lit_distill.experiment.sweep.run_sweep", lambda file, **_: 0 if read_sweep(file) else 1)
     monkeypatch.setattr("lit_distill.experiment.recipe.run_recipe", lambda recipe, **_: 0 if read_recipe(recipe) else 1)
 
 
@@ -89,8 +92,9 @@ def test_commands_parse(path, command, parse_only, tmp_path, monkeypatch, capsys
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         if not (ROOT / file).exists():
             (tmp_path / file).write_text(body)
-    if not (tmp_path / "configs").exists():
-        (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for folder in ("configs", "sweeps"):
+        if not (tmp_path / folder).exists():
+            (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     words = shlex.split(command)
@@ -109,6 +113,17 @@ def test_the_recipe_that_is_shown_is_one(tmp_path, monkeypatch):
     (tmp_path / "shown.yaml").write_text(shown[0])
     recipe = read_recipe(str(tmp_path / "shown.yaml"))
     assert [(stage.name, len(stage.seeds)) for stage in recipe.stages] == [("teacher", 1), ("baseline", 5), ("kd", 5)]
+
+
+def test_the_sweep_that_is_shown_is_one(tmp_path):
+    from lit_distill.experiment.sweep.file import read_sweep
+
+    shown = [body for lang, body in FENCE.findall((ROOT / "docs/sweeps.md").read_text()) if lang == "yaml"]
+    (tmp_path / "shown.yaml").write_text(shown[0])
+    sweep, whole = read_sweep(tmp_path / "shown.yaml"), read_sweep(ROOT / "sweeps/image/kd.yaml")
+    assert (sweep.name, sweep.halving, sweep.run_cap) == (whole.name, whole.halving, whole.run_cap)
+    assert set(sweep.command) <= set(whole.command)
+    assert all(parameter in whole.parameters for parameter in sweep.parameters)
 
 
 def test_the_code_of_the_walk_through_is_the_code_of_the_package():

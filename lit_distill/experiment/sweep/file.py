@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -79,7 +79,7 @@ class Sweep:
     name: str
     method: str
     metric: str
-    goal: str
+    goal: Literal["minimize", "maximize"]
     parameters: tuple[Parameter, ...]
     program: str
     command: tuple[str, ...]
@@ -205,7 +205,7 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _metric(where: str, metric: Any) -> tuple[str, str]:
+def _metric(where: str, metric: Any) -> tuple[str, Literal["minimize", "maximize"]]:
     if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
         raise UsageError(f"{where} has no metric; write `metric: {{name: val/acc, goal: maximize}}`")
     for key in metric:

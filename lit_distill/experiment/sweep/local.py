@@ -166,8 +166,8 @@ class _Runner:
         seconds = f"{time.monotonic() - flight.start:.0f} s"
         metric = self.sweep.metric
         if flight.told is not None and not run.finished:
-            value = self.search.stop(flight.trial)
-            self._say(flight, f"stopped early, {metric} {value:.4g} after {len(series)} values ({seconds})")
+            last = self.search.stop(flight.trial)
+            self._say(flight, f"stopped early, {metric} {last:.4g} after {len(series)} values ({seconds})")
             return STOPPED
         value = run.figures().get(metric)
         if flight.process.exitcode != 0:
