@@ -13,13 +13,20 @@ from pathlib import Path
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import write_json, write_text
-from lit_distill.experiment.groups import Group, config_without_seed, data_name, data_settings, group_runs, other_data
+from lit_distill.experiment.groups import (
+    LARGEST,
+    Group,
+    config_without_seed,
+    data_name,
+    data_settings,
+    group_runs,
+    other_data,
+)
 from lit_distill.experiment.runs import Plan, Run, find_runs, read_plan
 from lit_distill.experiment.stats import Difference, Stat, paired_difference, stat
 
 DEFAULT_BASELINE = "baseline"
 MOST_SENTENCES = 8  # more rows than this are read in the table
-LARGEST = 1e100  # a value beyond has diverged, though it is finite; its square is not
 
 # What tells most about a run whose summary and recipe do not say it, as those of earlier versions: the first of these
 # that was measured. A model that has a distance of distributions or a perplexity was made for that.
