@@ -128,6 +128,17 @@ def test_a_baseline_of_another_domain_is_lent(write_run, compared):
     assert comparison.groups[1].difference.baseline == "full"
 
 
+@pytest.mark.parametrize("metric", [None, "test/acc"])
+def test_a_baseline_that_is_told_by_another_metric_is_not_lent(write_run, compared, metric):
+    for seed in (0, 1):
+        write_run("dmd", seed, {"test/fd": 0.1, "test/acc": 0.99}, started="2026-01-01", domain="diffusion")
+        write_run("classifier", seed, {"test/acc": 0.9}, domain="image")
+    comparison = compared(baseline="dmd", metric=metric)
+    classifier = next(group for group in comparison.groups if group.stage == "classifier")
+    assert classifier.difference is None
+    assert classifier.why_none == "dmd is of another domain, and told by another metric"
+
+
 def test_one_baseline_for_each_data_set(mixed, write_run, compared):
     for seed in (0, 1):
         write_run("teacher", seed, {"test/fd": 0.1}, **NOISE)
