@@ -104,8 +104,8 @@ def compare_runs(
     for kind, members in subtracted.items():
         if bases and kind not in bases and all(group.why_none for group in members):
             notes.append(
-                f"{_title(kind, kinds)} has no baseline of its own, and its rows no difference ({members[0].why_none}); "
-                "name one with --baseline"
+                f"{_title(kind, kinds)} has no baseline of its own, and its rows no difference "
+                f"({members[0].why_none}); name one with --baseline"
             )
     rows = {group.label: group for members in subtracted.values() for group in members}
     sections = _sections(subtracted, metrics, base_labels, rows)

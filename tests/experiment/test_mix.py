@@ -164,9 +164,8 @@ def test_data_without_a_baseline_are_told_once(mixed, write_run, compared):
         write_run(name, 0, {"test/perplexity": 5.0}, data="lit_distill.llm.Text", experiment="words", domain="llm")
     notes = [note for note in compared().notes if "no baseline" in note]
     assert len(notes) == 1
-    assert notes[0].startswith(
-        "llm · Text has no baseline, and its rows no difference (its data are lit_distill.llm.Text"
-    )
+    start = "llm · Text has no baseline of its own, and its rows no difference (its data are lit_distill.llm.Text"
+    assert notes[0].startswith(start)
 
 
 def test_what_is_kept_apart_is_told_with_the_setting(write_run, compared):
