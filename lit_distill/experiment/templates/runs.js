@@ -27,7 +27,7 @@ const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replac
 const MOST_SHOWN = 100;
 const out = new Set(); // rows that the filter leaves out
 const tables = [...document.querySelectorAll("table.sortable")].map((table) => {
-  const more = element("button", "", { type: "button", class: "plain more" });
+  const more = element("button", "", { type: "button", class: "plain every" });
   const entry = { table, more, most: MOST_SHOWN };
   table.after(more);
   more.addEventListener("click", () => {
