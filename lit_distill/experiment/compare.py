@@ -13,17 +13,26 @@ from pathlib import Path
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import write_json, write_text
-from lit_distill.experiment.groups import Group, config_without_seed, data_name, data_settings, group_runs, other_data
+from lit_distill.experiment.groups import (
+    LARGEST,
+    Group,
+    config_without_seed,
+    data_name,
+    data_settings,
+    group_runs,
+    other_data,
+)
 from lit_distill.experiment.runs import Plan, Run, find_runs, read_plan
 from lit_distill.experiment.stats import Difference, Stat, paired_difference, stat
 
 DEFAULT_BASELINE = "baseline"
 MOST_SENTENCES = 8  # more rows than this are read in the table
-LARGEST = 1e100  # a value beyond has diverged, though it is finite; its square is not
 
 # What tells most about a run whose summary and recipe do not say it, as those of earlier versions: the first of these
 # that was measured. A model that has a distance of distributions or a perplexity was made for that.
 _TELLING = ("fd", "fid", "mmd", "perplexity", "auroc", "acc", "kl", "nll", "loss")
+
+_DataKind = tuple[str, tuple[str, ...]]  # domain, and the data's name
 
 
 @dataclass(frozen=True)
@@ -77,52 +86,29 @@ def compare_runs(
         UsageError: No finished run has this metric, or no row has this baseline's name.
     """
     groups, notes = group_runs(runs)
-    filled = []
-    for group in groups:
-        columns: dict[str, list[float]] = defaultdict(list)
-        for run in group.runs:
-            for key, value in run.figures().items():
-                if abs(value) < LARGEST:
-                    columns[key].append(value)
-                elif key == metric or (metric is None and key.startswith("test/")):
-                    notes.append(f"{run.path}: {key} is {value:g}, left out of the mean")
-        filled.append(replace(group, stats={key: stat(values) for key, values in columns.items()}))
+    filled = [_with_stats(group, metric, notes) for group in groups]
     if metric is not None:
         _check_metric(metric, {key for group in filled for run in group.runs for key in run.figures()})
 
-    folders = {group.runs[0].path.parent for group in filled}
-    plans = {folder: read_plan(folder) for folder in folders}
-    names = {group.label: data_name(group) for group in filled}
-    kinds: dict[tuple[str, tuple[str, ...]], list[Group]] = defaultdict(list)
+    plans = {folder: read_plan(folder) for folder in {group.runs[0].path.parent for group in filled}}
+    kinds: dict[_DataKind, list[Group]] = defaultdict(list)
     for group in filled:
-        kinds[group.domain, names[group.label]].append(group)
-    metrics = {kind: metric or _telling_metric(rows, plans) for kind, rows in kinds.items()}
-    bases = _baselines(filled, names, [baseline] if isinstance(baseline, str) else baseline or (), plans)
-
-    every_base = [group for rows_of_data in bases.values() for group in rows_of_data]
-    base_labels = frozenset(group.label for group in every_base)
-    settings = {group.label: data_settings(group.config) for group in filled}
-    rows: dict[str, Group] = {}
-    for kind, members in kinds.items():
-        for group in members:
-            if every_base and group.label not in base_labels:
-                near = bases.get(kind[1]) or every_base
-                group = _against(group, near, settings, metrics[kind])
-                if group.why_none and kind[1] in bases:
-                    notes.append(f"{group.label} has no difference: {group.why_none}")
-                elif group.difference is not None and not group.difference.fair:
-                    notes.append(
-                        f"{group.label} trains another student than {group.difference.baseline}: "
-                        "its difference mixes size with method"
-                    )
-            rows[group.label] = group
-        if every_base and kind[1] not in bases:
+        kinds[group.domain, data_name(group)].append(group)
+    telling = {kind: _telling_metric(rows, plans) for kind, rows in kinds.items()}
+    metrics = {kind: metric or telling[kind] for kind in kinds}
+    bases = _baselines(kinds, [baseline] if isinstance(baseline, str) else baseline or (), plans)
+    base_labels = frozenset(group.label for of_kind in bases.values() for group in of_kind)
+    subtracted = {
+        kind: _subtracted(kind, members, bases, telling, metrics[kind], notes) for kind, members in kinds.items()
+    }
+    for kind, members in subtracted.items():
+        if bases and kind not in bases and all(group.why_none for group in members):
             notes.append(
-                f"{_title(kind, kinds)} has no baseline, and its rows no difference ({_first_reason(members, rows)}); "
-                "name one with --baseline"
+                f"{_title(kind, kinds)} has no baseline of its own, and its rows no difference "
+                f"({members[0].why_none}); name one with --baseline"
             )
-    kinds = {kind: [rows[group.label] for group in members] for kind, members in kinds.items()}
-    sections = _sections(kinds, metrics, base_labels, rows)
+    rows = {group.label: group for members in subtracted.values() for group in members}
+    sections = _sections(subtracted, metrics, base_labels, rows)
     for folder, plan in plans.items():
         if plan.metric and not any(
             plan.metric in group.stats for group in filled if group.runs[0].path.parent == folder
@@ -146,8 +132,6 @@ def compare_runs(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is read together
-
-_DataKind = tuple[str, tuple[str, ...]]  # domain, and the data's name
 
 
 def _sections(
@@ -211,12 +195,10 @@ def _telling_metric(groups: Sequence[Group], plans: Mapping[Path, Plan]) -> str:
 
 
 def _baselines(
-    groups: Sequence[Group],
-    names: Mapping[str, tuple[str, ...]],
-    wanted: Sequence[str],
-    plans: Mapping[Path, Plan],
-) -> dict[tuple[str, ...], list[Group]]:
-    """The rows to compare with, for each data set that has any."""
+    kinds: Mapping[_DataKind, Sequence[Group]], wanted: Sequence[str], plans: Mapping[Path, Plan]
+) -> dict[_DataKind, list[Group]]:
+    """The rows to compare with, for each domain and data set that has any: those asked for, else the default ones."""
+    groups = [group for members in kinds.values() for group in members]
     answers = {
         group.label: {
             group.label,
@@ -230,22 +212,72 @@ def _baselines(
         if groups and not any(name in words for words in answers.values()):
             known = sorted({group.stage for group in groups} | answers.keys())
             raise UsageError(f"baseline {name!r} is no stage here; there are {_listed(_nearest(name, known))}")
-    named: dict[tuple[str, ...], list[Group]] = defaultdict(list)
-    default: dict[tuple[str, ...], list[Group]] = defaultdict(list)
-    for group in groups:
-        if not answers[group.label].isdisjoint(wanted):
-            named[names[group.label]].append(group)
-        if group.stage in (plans[group.runs[0].path.parent].baselines or (DEFAULT_BASELINE,)):
-            default[names[group.label]].append(group)
-    return default | named
+    found = {}
+    named_data = {
+        kind[1] for kind, members in kinds.items() for group in members if not answers[group.label].isdisjoint(wanted)
+    }
+    for kind, members in kinds.items():
+        if kind[1] in named_data:
+            own = [group for group in members if not answers[group.label].isdisjoint(wanted)]
+        else:
+            own = [
+                group
+                for group in members
+                if group.stage in (plans[group.runs[0].path.parent].baselines or (DEFAULT_BASELINE,))
+            ]
+        if own:
+            found[kind] = own
+    return found
 
 
-def _first_reason(members: Sequence[Group], rows: Mapping[str, Group]) -> str:
-    return next((why for group in members if (why := rows[group.label].why_none)), "")
+def _subtracted(
+    kind: _DataKind,
+    members: Sequence[Group],
+    bases: Mapping[_DataKind, Sequence[Group]],
+    telling: Mapping[_DataKind, str],
+    metric: str,
+    notes: list[str],
+) -> list[Group]:
+    """The rows of one domain and data set with their differences; what should be known of them is added to `notes`.
+
+    A domain that has no baseline of its own borrows one of another with the same data, if both are told by one metric:
+    the accuracy of a classifier is not that of generated images.
+    """
+    near = bases.get(kind) or [
+        base
+        for other, of_kind in bases.items()
+        if other[1] == kind[1] and telling[other] == telling[kind]
+        for base in of_kind
+    ]
+    elsewhere = [base for of_kind in bases.values() for base in of_kind]
+    if not elsewhere:
+        return list(members)
+    own = {base.label for base in near}
+    rows = []
+    for group in members:
+        if group.label in own:
+            rows.append(group)
+            continue
+        if not near:
+            why = other_data(group, elsewhere[0], {g.label: data_settings(g.config) for g in (group, elsewhere[0])})
+            why = why or f"{elsewhere[0].label} is of another domain, and told by another metric"
+            rows.append(replace(group, why_none=why))
+            continue
+        group = _against(group, near, metric)
+        if group.why_none:
+            notes.append(f"{group.label} has no difference: {group.why_none}")
+        elif group.difference is not None and not group.difference.fair:
+            notes.append(
+                f"{group.label} trains another student than {group.difference.baseline}: "
+                "its difference mixes size with method"
+            )
+        rows.append(group)
+    return rows
 
 
-def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Sequence[str]], metric: str) -> Group:
+def _against(group: Group, bases: Sequence[Group], metric: str) -> Group:
     """The group with its difference to the fitting baseline, or with the reason why there is none."""
+    settings = {row.label: data_settings(row.config) for row in (group, *bases)}
     reasons = {base.label: other_data(group, base, settings) for base in bases}
     fitting = [base for base in bases if not reasons[base.label]]
     if not fitting:
@@ -272,6 +304,18 @@ def _against(group: Group, bases: Sequence[Group], settings: Mapping[str, Sequen
             group, why_none=f"{n or 'no'} seed{'s' if n != 1 else ''} with {metric} in common with {base.label}"
         )
     return replace(group, difference=difference)
+
+
+def _with_stats(group: Group, metric: str | None, notes: list[str]) -> Group:
+    """The group with statistics of every figure; values that have diverged are left out, and told in `notes`."""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for run in group.runs:
+        for key, value in run.figures().items():
+            if abs(value) < LARGEST:
+                columns[key].append(value)
+            elif key == metric or (metric is None and key.startswith("test/")):
+                notes.append(f"{run.path}: {key} is {value:g}, left out of the mean")
+    return replace(group, stats={key: stat(values) for key, values in columns.items()})
 
 
 def _notes_on_versions(groups: Iterable[Group]) -> list[str]:

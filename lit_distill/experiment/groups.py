@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 
 from lit_distill.experiment.runs import Run
 from lit_distill.experiment.stats import Difference, Stat
+
+LARGEST = 1e100  # a value beyond has diverged, though it may be finite; its square is not
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Group:
         return network.get("class_path", ""), network.get("params")
 
     def values(self, key: str) -> dict[int, float]:
-        """Seed -> value of one figure, where it is there and finite."""
+        """Seed -> value of one figure, where it is there and has not diverged."""
         figures = ((run.seed, run.figures().get(key)) for run in self.runs)
-        return {seed: value for seed, value in figures if value is not None and math.isfinite(value)}
+        return {seed: value for seed, value in figures if value is not None and abs(value) < LARGEST}
 
 
 # The section that names the run, and lines with a comment, a seed, a place, or how the run is watched.

@@ -142,8 +142,6 @@ def columns(comparison: Comparison) -> list[Column]:
         ece = "expected calibration error, mean ± standard deviation"
         table.append(of(heading("test/ece"), ece, "test/ece", lambda s: show("test/ece", s)))
     table += [
-        _networks(groups, "student"),
-        _networks(groups, "teacher"),
         of("parameters", "parameters of the student", "efficiency/student_params", show_count),
         of(
             "compression \N{MULTIPLICATION SIGN}",
@@ -156,6 +154,8 @@ def columns(comparison: Comparison) -> list[Column]:
         of("samples/s", "samples per second in inference", "efficiency/inference_samples_per_second", show_plain),
         of("seconds", "mean wall time of a run", "seconds", show_plain),
         _fronts(comparison),
+        _networks(groups, "student"),
+        _networks(groups, "teacher"),
     ]
     return [column for column in table if any(cell != MISSING for cell in column.cells)]
 

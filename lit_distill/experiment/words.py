@@ -37,6 +37,11 @@ def metric_name(metric: str) -> str:
     return " ".join(_WORDS.get(word, word.replace("_", " ")) for word in metric.split("/"))
 
 
+def capital(text: str) -> str:
+    """The text with a capital at its beginning, and no other letter changed."""
+    return text[:1].upper() + text[1:]
+
+
 def scaled(metric: str, value: float) -> float:
     """The value as it is shown: fractions in percent."""
     return 100 * value if is_percent(metric) else value

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from lit_distill.experiment.compare import Comparison, Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_label, axis_title, plain
 from lit_distill.experiment.pareto import COSTS, Cost, costs_of, pareto_front
-from lit_distill.experiment.words import lower_is_better, metric_name, scaled, show
+from lit_distill.experiment.words import capital, lower_is_better, metric_name, scaled, show
 
 MOST_LABELLED = 12  # more labels than this do not fit beside the points of a plot
 
@@ -48,7 +48,7 @@ def cost_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[st
     direction = "down" if lower_is_better(metric) else "up"
     return Figure(
         "cost",
-        f"{metric_name(metric).capitalize()} against cost",
+        f"{capital(metric_name(metric))} against cost",
         f"Mean with two standard errors; {direction} and to the left is better. The line is the Pareto front: no other "
         "row is as good for less." + (" Marks of one cost stand side by side." if is_moved else ""),
         "; ".join(fronts),

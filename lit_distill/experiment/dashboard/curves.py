@@ -28,7 +28,7 @@ def learning_curves(
     chosen = sorted(
         (key for key in keys if key.partition("/")[0] in ("val", "train")),
         # A single point is no curve: metrics that have no more come last.
-        key=lambda key: (longest[key] == 1, key != like_metric, not key.startswith("val/"), key),
+        key=lambda key: (longest[key] == 1, key != like_metric, not key.startswith("val/"), key != "train/loss", key),
     )
     specs: dict[str, Spec] = {}
     rows = []

@@ -156,12 +156,15 @@ def picture_panel(group: Group, panels: Sequence[Any], look: Look, kind: str = "
     file = Path(str(panel["file"]))
     if file.suffix not in PICTURE_TYPES or file.is_absolute() or ".." in file.parts:
         raise ValueError("a picture is an SVG or PNG file in the run's folder")
+    place = run.path / file
     try:
-        content = (run.path / file).read_bytes()
+        if not place.is_file():  # a pipe would block
+            raise ValueError(f"{place} is no file")
+        if place.stat().st_size > LARGEST_PICTURE:
+            raise ValueError(f"{place} is larger than {LARGEST_PICTURE} bytes")
+        content = place.read_bytes()
     except OSError as error:
-        raise ValueError(f"{run.path / file} cannot be read") from error
-    if len(content) > LARGEST_PICTURE:
-        raise ValueError(f"{run.path / file} is larger than {LARGEST_PICTURE} bytes")
+        raise ValueError(f"{place} cannot be read") from error
     rows = [tuple(str(cell) for cell in row) for row in panel["rows"]]
     return Figure(
         "",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from lit_distill.experiment.compare import Comparison, Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_label, axis_title, plain
-from lit_distill.experiment.words import is_percent, lower_is_better, metric_name, scaled, show
+from lit_distill.experiment.words import capital, is_percent, lower_is_better, metric_name, scaled, show
 
 
 def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str, Look]) -> Figure | None:
@@ -35,7 +35,7 @@ def dot_plot(comparison: Comparison, groups: Sequence[Group], looks: Mapping[str
     layout = _rows_layout(shown, looks, axis_title(metric))
     return Figure(
         "dots",
-        f"{metric_name(metric).capitalize()} of every run",
+        f"{capital(metric_name(metric))} of every run",
         "Small marks are single seeds; the large mark is their mean, with two standard errors to each side.",
         "; ".join(f"{group.label}: {show(metric, group.stats[metric])}" for group in shown),
         {"": {"data": data, "layout": layout}},
@@ -145,7 +145,7 @@ def _rows_layout(groups: Sequence[Group], looks: Mapping[str, Look], title: str)
 
 
 def _rows_height(groups: Sequence[Group]) -> int:
-    return 90 + 56 * max(len(groups), 2)
+    return 90 + (56 if len(groups) <= 8 else 36) * max(len(groups), 2)
 
 
 def _spread(n: int) -> list[float]:

@@ -22,6 +22,34 @@ function element(name, text, attributes) {
 // Plotly reads a few tags and %{...} in labels; neither may come from a name.
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "% {");
 
+// ---- how many rows are shown: a browser lays out a hundred at once without delay ----
+
+const MOST_SHOWN = 100;
+const out = new Set(); // rows that the filter leaves out
+const tables = [...document.querySelectorAll("table.sortable")].map((table) => {
+  const more = element("button", "", { type: "button", class: "plain every" });
+  const entry = { table, more, most: MOST_SHOWN };
+  table.after(more);
+  more.addEventListener("click", () => {
+    entry.most = Infinity;
+    limit(entry);
+    table.closest(".scroll").focus(); // the button is gone
+  });
+  return entry;
+});
+
+function limit({ table, more, most }) {
+  let count = 0;
+  for (const row of table.tBodies[0].rows) {
+    const isHidden = out.has(row) || ++count > most;
+    if (row.hidden !== isHidden) row.hidden = isHidden;
+  }
+  more.hidden = count <= most;
+  more.textContent = `Show all ${count} rows`;
+}
+
+tables.forEach(limit);
+
 // ---- filter ----
 
 const form = document.querySelector(".filter");
@@ -40,7 +68,8 @@ function filter() {
   const inFacets = runRows.map((_, run) => wanted.every(([of, value]) => of[run] === value));
   runRows.forEach((row, run) => {
     passes[run] = inFacets[run] && words.every((word) => texts[run].includes(word));
-    if (row.hidden === passes[run]) row.hidden = !passes[run];
+    if (passes[run]) out.delete(row);
+    else out.add(row);
     runs += passes[run];
   });
   const left = new Set();
@@ -49,10 +78,12 @@ function filter() {
     // A row is found by its own words, such as its label, or by those of one of its runs.
     const isShown =
       own.some((run) => passes[run]) || (own.some((run) => inFacets[run]) && words.every((word) => rowTexts[at].includes(word)));
-    if (row.hidden === isShown) row.hidden = !isShown;
+    if (isShown) out.delete(row);
+    else out.add(row);
     if (!isShown) left.add(row.dataset.label);
     rows += isShown;
   });
+  tables.forEach(limit);
   document.getElementById("shown").textContent =
     words.length || wanted.length ? `${rows} of ${resultRows.length} rows, ${runs} of ${runRows.length} runs` : "";
   if (left.size === filtered.size && [...left].every((label) => filtered.has(label))) return;
@@ -94,7 +125,8 @@ function sortBy(table, column, direction) {
   body.append(...keyed.map(({ row }) => row));
 }
 
-for (const table of document.querySelectorAll("table.sortable")) {
+for (const entry of tables) {
+  const { table } = entry;
   const heads = [...table.tHead.rows[0].cells];
   for (const head of heads) {
     const button = element("button", head.textContent, { type: "button", class: "sort" });
@@ -105,6 +137,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of heads) other.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", descending ? "descending" : "ascending");
       sortBy(table, head.cellIndex, descending ? -1 : 1);
+      limit(entry);
     });
   }
 }
