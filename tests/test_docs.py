@@ -58,6 +58,8 @@ def parse_only(monkeypatch):
 
     monkeypatch.setattr("lit_distill.experiment.compare.compare", lambda **_: 0)
     monkeypatch.setattr("lit_distill.experiment.export.export", lambda **_: 0)
+    # Its networks may be those of a hub; the rest of its words is read as by fit.
+    monkeypatch.setattr("lit_distill.experiment.memory.memory", lambda words, devices: main(["fit", *words]))
     monkeypatch.setattr("lit_distill.experiment.recipe.run_recipe", lambda recipe, **_: 0 if read_recipe(recipe) else 1)
 
 
