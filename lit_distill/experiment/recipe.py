@@ -312,7 +312,8 @@ def _stage(name: str, body: Any, common: Sequence[Path], seeds: Any, recipe: Pat
     configs = [*common, *(_find(file, recipe.parent, where) for file in _list(body.get("configs"), "configs", where))]
     if not configs:
         raise UsageError(f"{where} has no configs; name at least one file")
-    needs = frozenset(_REFERENCE.findall(json.dumps(overrides))) - {str(name)}
+    # What lies in its own folder it makes itself.
+    needs = frozenset(_REFERENCE.findall(json.dumps(overrides).replace(f"${{stage:{name}}}/", "")))
     return Stage(str(name), tuple(configs), tuple(seeds), overrides, needs)
 
 

@@ -89,6 +89,8 @@ def test_autocast_keeps_copies_of_what_is_multiplied(track):
     kept = [track(lambda: llama(52), trained=True, autocast=half)[2]["ACT"] for half in (False, True)]
     assert kept[1] - kept[0] == pytest.approx(found.copies, rel=0.1)  # two tokens have next to no activations
     assert footprint(on_meta(lambda: llama(52)), DEVICES).copies == 0
+    looked_up = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 7))
+    assert footprint(looked_up, 1, autocast=True).copies == 2 * 28  # neither the table nor the bias
 
 
 def test_shards_are_of_equal_rows():

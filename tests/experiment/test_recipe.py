@@ -136,6 +136,31 @@ def test_a_reference_is_the_run_of_the_same_seed_or_else_the_only_one(write, fol
     assert "--seed_everything=2" in words
 
 
+def test_a_stage_in_a_folder_is_of_an_experiment_of_its_own(write, folder):
+    stage = {"configs": ["method.yaml"], "seeds": [3]}
+    stages = {"a/x": {**stage, "set": {"w": "${stage:b/x}/student"}}, "b/x": stage, "x": stage}
+    jobs = read_recipe(write({"experiment": "tour", "stages": stages})).jobs(folder)
+    assert [job.name for job in jobs] == ["b/x-s3", "a/x-s3", "x-s3"]
+    assert [job.folder for job in jobs] == [folder / "tour" / place for place in ("b/x-s3", "a/x-s3", "x-s3")]
+    words = words_of(jobs, "a/x-s3")
+    assert f"--w={folder}/tour/b/x-s3/student" in words
+    assert {"--run.experiment=tour/a", "--run.stage=x", "--run.name=x-s3"} <= set(words)
+    assert jobs[1].log == folder / "tour/a/logs/x-s3.txt"
+
+
+@pytest.mark.parametrize("name", ["/x", "a//x", "../x", "a/", "."])
+def test_a_stage_stays_inside_its_experiment(write, name):
+    with pytest.raises(UsageError, match="is no name of a folder"):
+        read_recipe(write({"stages": {name: {"configs": ["method.yaml"]}}}))
+
+
+def test_a_stage_may_name_its_own_folder(write, folder):
+    stage = {"configs": ["method.yaml"], "seeds": [0, 1], "set": {"w": "${stage:a}/kept"}}
+    for job in read_recipe(write({"experiment": "own", "stages": {"a": stage}})).jobs(folder):
+        assert f"--w={job.folder}/kept" in job.words
+        assert job.needs == []
+
+
 def test_only_brings_along_what_the_stage_needs(write, folder):
     plan = read_recipe(write(CHAIN))
     assert {job.stage.name for job in plan.jobs(folder, only=["peer"])} == {"peer", "teacher"}
@@ -212,6 +237,13 @@ def test_finished_runs_are_skipped(write, scripted, notes):
     assert len(notes()) == 10
     assert run_recipe(plan, jobs=1) == 0
     assert notes() == []
+
+
+def test_stages_in_folders_run_and_are_found_again(write, scripted, folder):
+    stage = {"configs": ["method.yaml"]}
+    plan = write({"experiment": "tour", "stages": {"a/x": stage, "b/x": {**stage, "set": {"w": "${stage:a/x}"}}}})
+    assert run_recipe(plan, jobs=2) == 0
+    assert {job.finished for job in read_recipe(plan).jobs(folder / "runs")} == {True}
 
 
 def test_after_a_change_of_the_teacher_its_dependants_run_again_and_may_replace_their_folders(write, scripted, notes):
