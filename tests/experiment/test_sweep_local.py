@@ -59,7 +59,7 @@ def scripted(words, log, environ, call):
         file.with_suffix(".new").write_text("\n".join(lines) + "\n")
         file.with_suffix(".new").replace(file)
         if options["acc"] in os.environ.get("HOPELESS", "").split():
-            time.sleep(float(os.environ.get("WAIT", "60")))  # long enough to be stopped
+            time.sleep(float(os.environ.get("WAIT", "30")))  # long enough to be stopped
     if accuracy <= float(os.environ.get("BROKEN", "-1")):
         Path(log).write_text("lit-distill: error: train/loss is nan\n")
         os._exit(1)
