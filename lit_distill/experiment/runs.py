@@ -31,8 +31,6 @@ LARGEST_TEXT = 100_000_000
 FINISHED = "finished"
 UNFINISHED = "unfinished"
 
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-
 History = dict[str, tuple[list[int], list[float]]]
 
 _Kind = type | tuple[type, ...]
@@ -291,7 +289,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _json(path: Path) -> Any:
-    """The content of a JSON file, in which every text can be written again.
+    """The content of a JSON file.
 
     Raises:
         OSError: It is missing, no file (a pipe would block), too large, or may not be read.
@@ -302,11 +300,7 @@ def _json(path: Path) -> Any:
         raise OSError("it is no file")
     if facts.st_size > LARGEST_SUMMARY:
         raise OSError(f"it is larger than {LARGEST_SUMMARY} bytes")
-    text = path.read_text(encoding="utf-8")
-    content = json.loads(text)
-    if _HALF_PAIR.search(text):  # "\\ud83d" alone is JSON, but no text that can be encoded
-        content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
-    return content
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _json_or_none(path: Path) -> Any:
