@@ -78,9 +78,13 @@ def teachers(tmp_path_factory):
     save_student(GraphSAGE(**sage).state_dict(), spec, folder / "nodes/student")
     save_language_model(folder / "language")
     small_tokenizer(folder / "tokenizer1k")
-    judge = {"num_classes": 10, "widths": [16, 32], "hidden": 32, "image_size": 8}
-    spec = {"class_path": f"{path}.LeNet", "init_args": judge}
-    save_student(LeNet(**judge).state_dict(), spec, folder / "judge/student")
+    for name, size, hidden in (("judge", 8, 32), ("judge16", 16, 64), ("judge28", 28, 64)):
+        judge = {"num_classes": 10, "widths": [16, 32], "hidden": hidden, "image_size": size}
+        spec = {"class_path": f"{path}.LeNet", "init_args": judge}
+        save_student(LeNet(**judge).state_dict(), spec, folder / name / "student")
+    unet = {"image_size": 16, "widths": [8, 16]}
+    network = {"class_path": "lit_distill.diffusion.small_unet", "init_args": unet}
+    save_denoiser(folder / "unet16/student", network=network, data_std=0.53, time_input="saturating")
     save_denoiser(folder / "denoiser/student")
     for node in ("0001", "0002"):
         (folder / "denoiser/nodes").mkdir(exist_ok=True)
@@ -139,6 +143,8 @@ def weights_for(path):
     if path.parent.name == "dataset":
         return "digits" if small else "colors"
     if path.parent.name == "diffusion":
+        if "mnist" in path.stem:
+            return "unet28" if "mnist28" in path.stem else "unet16"
         return {"mdt_dist": "flow", "nct": "wide"}.get(path.stem.removesuffix("_small"), "denoiser")
     if path.parent.name == "graph":
         return "nodes" if path.stem in NODES else "graph"
@@ -155,8 +161,9 @@ def with_weights(config, weights):
         return str(Path(weights).parent / "tokenizer1k")
     if not isinstance(config, dict):
         return config
-    other = str(Path(weights).with_name("judge"))  # in whose features generators are judged
-    given = {"weights": other if str(config.get("weights")).endswith("/classifier") else weights}
+    # In the features of these generators are judged.
+    other = str(Path(weights).with_name({"unet16": "judge16", "unet28": "judge28"}.get(Path(weights).name, "judge")))
+    given = {"weights": other if "/classifier" in str(config.get("weights")) else weights}
     if isinstance(config.get("nodes"), str):  # of a teacher's way down to a generator
         given["nodes"] = f"{weights}/nodes"
     return {key: given[key] if key in given else with_weights(value, weights) for key, value in config.items()}
@@ -186,6 +193,8 @@ def test_method_config_instantiates(path, teachers, tmp_path, monkeypatch):
 def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_path, request):
     short = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=3"]
     short.append("--trainer.val_check_interval=1.0")  # runs that count in steps validate by them
+    if "mnist" in path.stem and not path.stem.startswith("classifier"):  # a UNet on the CPU
+        short += ["--model.init_args.evaluation.samples=20", "--model.init_args.evaluation.val_samples=10"]
     if "experts" in yaml.safe_load(path.read_text())["model"]["init_args"]:
         short.append(f"--model.init_args.experts={request.getfixturevalue('experts')}")
     assert main([*words(path, teachers, tmp_path), *short]) == 0
@@ -198,7 +207,7 @@ def test_small_config_trains_tests_and_leaves_a_whole_run(path, teachers, tmp_pa
         return
     if path.stem == "mend_small":
         assert {"test/kl", "test/kl_without"} <= set(summary["metrics"])
-    elif path.parent.name == "diffusion" and path.stem != "classifier_small":
+    elif path.parent.name == "diffusion" and not path.stem.startswith("classifier"):
         assert {"test/fd", "test/recall", "test/precision", "test/acc", "test/mmd"} <= set(summary["metrics"])
         assert {"test/nfe", "test/images_per_second", "test/nearest_train"} <= set(summary["metrics"])
         assert (folder / summary["panels"]["samples"]["file"]).is_file()

@@ -1,6 +1,7 @@
 """Small networks for small images, and a teacher in closed form."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -81,7 +82,7 @@ class ResidualMLP(nn.Module):
 
 
 def small_unet(
-    image_size: int = 16, channels: int = 1, num_classes: int = 10, widths: tuple[int, ...] = (32, 64), layers: int = 1
+    image_size: int = 16, channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (32, 64), layers: int = 1
 ) -> nn.Module:
     """Makes a class-conditional UNet of diffusers for small images: 0.64 million parameters at the defaults.
 

@@ -364,6 +364,17 @@ def test_mnist_is_the_table_of_the_package():
     assert sorted(map(bytes, found)) == sorted(map(bytes, table))
 
 
+def test_mnist_may_be_resized():
+    small, whole = MNIST5kDataModule(image_size=14), MNIST5kDataModule()
+    assert small.sample_shape == (1, 14, 14)
+    image, original = (data.part("train").images[:64] for data in (small, whole))
+    assert image.shape == (64, 1, 14, 14)
+    assert image.dtype == torch.uint8
+    resized = [Image.fromarray(x[0].numpy()).resize((14, 14), Image.Resampling.BILINEAR) for x in original]
+    expected = torch.from_numpy(np.stack([np.asarray(x) for x in resized]))[:, None]
+    assert (image.int() - expected.int()).abs().max() <= 1  # rounding
+
+
 def test_digits_are_scikit_learns_stretched_to_bytes():
     data = DigitsDataModule()
     parts = [data.part(part) for part in ("train", "val", "test")]

