@@ -1,16 +1,17 @@
 """Metrics of classifiers: accuracy, calibration, likelihood."""
 
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 from torchmetrics.utilities import dim_zero_cat
 
 BINS = 15  # the field's usual number of confidence bins
+MOST_CONFUSED = 30  # classes; a larger matrix is no picture any more, and makes the summary long
 
 
 class CalibrationError(MulticlassCalibrationError):
@@ -134,6 +135,27 @@ class BrierScore(_SampleMean):
         return (preds.softmax(-1) - F.one_hot(target, preds.shape[1])).square().sum(-1)
 
 
+class BalancedAccuracy(MulticlassConfusionMatrix):
+    """Mean over classes of the share of their samples that are decided rightly; classes without samples do not count.
+
+    Its state is the confusion matrix: rows are labels, columns are decisions.
+
+    Args:
+        num_classes: K.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, validate_args=False)
+
+    def compute(self) -> Tensor:
+        """Returns the mean."""
+        of_class = self.confmat.sum(1)
+        right = self.confmat.diagonal() / of_class.clamp(min=1)
+        return right.sum() / (of_class > 0).sum().clamp(min=1)
+
+
 class TemperatureScaling(Metric):
     """The temperature T > 0 by which logits have to be divided for the labels to be likeliest.
 
@@ -177,8 +199,8 @@ class TemperatureScaling(Metric):
 def classification_metrics(num_classes: int, *, prefix: str) -> MetricCollection:
     """Builds `<prefix>acc`, `<prefix>ece` (15 equal-width bins, L1), `<prefix>nll`; logits (B, K) go in.
 
-    For the test there are besides: `mce` (the worst bin), `ece_adaptive` (bins of equal mass), `ece_classwise` and
-    `brier`. One figure of calibration alone can be had by constant confidence.
+    For the test there are besides: `acc_balanced`, `mce` (the worst bin), `ece_adaptive` (bins of equal mass),
+    `ece_classwise` and `brier`. One figure of calibration alone can be had by constant confidence.
 
     Args:
         num_classes: K.
@@ -191,6 +213,7 @@ def classification_metrics(num_classes: int, *, prefix: str) -> MetricCollection
     }
     if prefix.startswith("test/"):
         metrics |= {
+            "acc_balanced": BalancedAccuracy(num_classes),
             "mce": CalibrationError(num_classes, norm="max"),
             "ece_adaptive": AdaptiveCalibrationError(num_classes),
             "ece_classwise": ClasswiseCalibrationError(num_classes),
@@ -198,6 +221,27 @@ def classification_metrics(num_classes: int, *, prefix: str) -> MetricCollection
         }
     # No groups of metrics with a common state: looking for them runs the first batch twice.
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+def classifier_panels(metrics: MetricCollection, data: Any) -> dict[str, Any]:
+    """Returns what the dashboard shows of a tested classifier, over all processes.
+
+    Args:
+        metrics: Those of the test, see `classification_metrics`.
+        data: The data module; its `classes`, if it has some, are the names.
+
+    Returns:
+        "reliability", see `reliability`; and of up to 30 classes "confusion": `classes`, and `counts` (K, K), how many
+        samples of each label (row) got each decision (column).
+    """
+    panels: dict[str, Any] = {"reliability": reliability(metrics)}
+    balanced = metrics["acc_balanced"]
+    assert isinstance(balanced, BalancedAccuracy)
+    names = [str(name) for name in getattr(data, "classes", None) or range(len(balanced.confmat))]
+    if len(names) == len(balanced.confmat) <= MOST_CONFUSED:
+        with balanced.sync_context():
+            panels["confusion"] = {"classes": names, "counts": balanced.confmat.tolist()}
+    return panels
 
 
 def reliability(metrics: MetricCollection) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.loading import derived_seed
-from lit_distill.core.metrics import reliability
+from lit_distill.core.metrics import classifier_panels
 from lit_distill.core.networks import check_redrawable, redraw
 from lit_distill.dataset.scores import augmentation_robust_score, label_robust_score
 from lit_distill.image.data import ImageBatch
@@ -245,7 +245,7 @@ class DistilledSetEvaluation(ImageDistiller):
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/*`, with what the training set weighs, and the scores."""
-        self.panels["reliability"] = reliability(self.test_metrics)
+        self.panels |= classifier_panels(self.test_metrics, self._data())
         first = self.test_metrics.compute()
         self.log_dict({name: value for name, value in first.items() if name != "test/acc"}, sync_dist=True)
         self.test_metrics.reset()

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAUROC
 
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
-from lit_distill.core.metrics import classification_metrics, reliability
+from lit_distill.core.metrics import classification_metrics, classifier_panels
 from lit_distill.graph.graphs import GraphBatch
 from lit_distill.graph.models import GraphNetwork
 
@@ -71,8 +71,8 @@ class GraphClassifier(Distiller):
             self._log_teacher(self.teacher(batch), logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
-        """Logs `test/*`, with what the training set weighs, and keeps the reliability bins."""
-        self.panels["reliability"] = reliability(self.test_metrics)
+        """Logs `test/*`, with what the training set weighs, and keeps the calibration and the confusion."""
+        self.panels |= classifier_panels(self.test_metrics, self._data())
         self._log_metrics(self.test_metrics)
         for name, value in self.footprint().items():
             self.log(f"test/{name}", float(value))

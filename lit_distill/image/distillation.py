@@ -16,7 +16,7 @@ from lit_distill.core.cache import TeacherCache, weights_fingerprint
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import alone
-from lit_distill.core.metrics import classification_metrics, reliability
+from lit_distill.core.metrics import classification_metrics, classifier_panels
 from lit_distill.core.networks import freeze
 from lit_distill.core.schedules import Schedule, value_at
 from lit_distill.core.taps import FeatureTaps, probe
@@ -288,8 +288,8 @@ class ImageDistiller(Distiller):
             self._log_teacher(self.teacher(batch.images).float(), logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
-        """Logs `test/*`, keeps the reliability bins."""
-        self.panels["reliability"] = reliability(self.test_metrics)
+        """Logs `test/*`, keeps the calibration and the confusion."""
+        self.panels |= classifier_panels(self.test_metrics, self._data())
         self._log_metrics(self.test_metrics)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:

@@ -1,10 +1,24 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    confusion_matrix,
+    log_loss,
+)
 
-from lit_distill.core.metrics import CalibrationError, TemperatureScaling, classification_metrics, reliability
+from lit_distill.core.metrics import (
+    CalibrationError,
+    TemperatureScaling,
+    classification_metrics,
+    classifier_panels,
+    reliability,
+)
 
 
 def updated(logits, labels, batch=7):
@@ -44,6 +58,25 @@ def test_accuracy_and_likelihood_equal_scikit_learns(answers):
     probabilities = logits.double().softmax(1).numpy()
     assert float(values["test/nll"]) == pytest.approx(log_loss(labels, probabilities, labels=range(5)), rel=1e-5)
     assert float(values["test/acc"]) == pytest.approx(accuracy_score(labels, logits.argmax(1)))
+
+
+def test_confusion_and_balanced_accuracy_equal_scikit_learns(answers):
+    logits, labels = answers
+    labels = labels.clamp(max=3)  # of the last class there is no sample
+    metrics = updated(logits, labels)
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        expected = balanced_accuracy_score(labels, logits.argmax(1))
+    assert float(metrics.compute()["test/acc_balanced"]) == pytest.approx(expected)
+    panel = classifier_panels(metrics, SimpleNamespace(classes=tuple("abcde")))["confusion"]
+    assert panel["classes"] == list("abcde")
+    assert panel["counts"] == confusion_matrix(labels, logits.argmax(1), labels=range(5)).tolist()
+
+
+def test_a_confusion_of_many_classes_is_no_panel():
+    metrics = updated(torch.randn(4, 31), torch.tensor([0, 1, 2, 30]))
+    assert set(classifier_panels(metrics, SimpleNamespace())) == {"reliability"}
+    few = updated(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert classifier_panels(few, SimpleNamespace())["confusion"]["classes"] == ["0", "1", "2"]
 
 
 def test_calibration_error_equals_a_loop_over_bins(answers):

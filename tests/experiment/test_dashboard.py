@@ -15,7 +15,13 @@ from lit_distill.experiment.dashboard import Figure, Look, render
 from lit_distill.experiment.dashboard.cost import MOST_LABELLED
 from lit_distill.experiment.dashboard.curves import CURVE_POINTS, mean_curve
 from lit_distill.experiment.dashboard.figure import MOST_DRAWN, drawn_groups
-from lit_distill.experiment.dashboard.panels import LARGEST_PICTURE, panel_figures, reliability_panel, robustness_panel
+from lit_distill.experiment.dashboard.panels import (
+    LARGEST_PICTURE,
+    confusion_panel,
+    panel_figures,
+    reliability_panel,
+    robustness_panel,
+)
 from lit_distill.experiment.redact import without_secrets
 from lit_distill.experiment.runs import find_runs
 
@@ -284,6 +290,31 @@ def test_a_malformed_panel_is_a_note(write_run, tmp_path, panel):
     write_run(panels={"reliability": panel})
     groups = compare_runs(find_runs([tmp_path / "runs"])).groups
     figures, notes = panel_figures(groups, {"kd": LOOK})
+    assert figures == []
+    assert "malformed" in notes[0]
+
+
+CONFUSION = {"classes": ["cat", "dog"], "counts": [[8, 2], [0, 10]]}
+
+
+def test_confusion_is_pooled_over_seeds_in_percent_of_each_label():
+    other = {"classes": ["cat", "dog"], "counts": [[2, 8], [1, 9]]}
+    figure = confusion_panel(SimpleNamespace(label="kd"), [CONFUSION, other], LOOK)
+    (heat,) = figure.specs[""]["data"]
+    assert heat["z"] == [[50.0, 50.0], [5.0, 95.0]]
+    assert heat["customdata"] == [[10, 10], [1, 19]]
+    assert figure.specs[""]["layout"]["yaxis"]["ticktext"] == ["cat", "dog"]
+    assert figure.summary == "72.5 % are right; cat is taken for dog most often (10 times)"
+    assert figure.rows == [("cat", "10", "10"), ("dog", "1", "19")]
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [{}, CONFUSION | {"classes": ["cat"]}, CONFUSION | {"counts": [[0, 0], [0, 0]]}, CONFUSION | {"counts": "x"}],
+)
+def test_a_malformed_confusion_is_a_note(write_run, tmp_path, panel):
+    write_run(panels={"confusion": panel})
+    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
     assert figures == []
     assert "malformed" in notes[0]
 

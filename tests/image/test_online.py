@@ -118,7 +118,7 @@ def test_every_network_is_validated_and_tested(trainer, blobs, tiny, mean_teache
     validated = fit.validate(module, datamodule=blobs, verbose=False)[0]
     tested = fit.test(module, datamodule=blobs, verbose=False)[0]
     assert {f"val/{prefix}{name}" for prefix in ("", f"{other}_") for name in ("acc", "ece", "nll")} == set(validated)
-    names = ("acc", "ece", "nll", "mce", "ece_adaptive", "ece_classwise", "ece_recalibrated", "brier")
+    names = ("acc", "acc_balanced", "ece", "nll", "mce", "ece_adaptive", "ece_classwise", "ece_recalibrated", "brier")
     assert {f"test/{p}{name}" for p in ("", f"{other}_") for name in names} | {"test/agreement"} == set(tested)
     with torch.no_grad():
         decided = module.student.eval()(blobs.images).argmax(1)

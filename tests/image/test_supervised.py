@@ -25,7 +25,7 @@ def test_training_learns_what_can_be_learned_and_all_metrics_are_reported(traine
     fit = trainer(max_epochs=20)
     fit.fit(module, datamodule=blobs)
     result = fit.test(module, datamodule=blobs, verbose=False)[0]
-    more = {"test/mce", "test/ece_adaptive", "test/ece_classwise", "test/brier"}
+    more = {"test/acc_balanced", "test/mce", "test/ece_adaptive", "test/ece_classwise", "test/brier"}
     assert set(result) == {"test/acc", "test/ece", "test/nll", *more}
     assert result["test/acc"] == 1.0
     assert sum(module.panels["reliability"]["count"]) == 24

@@ -150,6 +150,51 @@ def robustness_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
     )
 
 
+def confusion_panel(group: Group, panels: Sequence[Any], look: Look) -> Figure:
+    """Confusion matrix, pooled over seeds: of the samples of each label, how many percent got which decision."""
+    import numpy as np
+
+    classes = [str(name) for name in panels[0]["classes"]]
+    if any([str(name) for name in panel["classes"]] != classes for panel in panels):
+        raise ValueError("runs of different classes")
+    counts = np.array([panel["counts"] for panel in panels], float).sum(axis=0)
+    if counts.shape != (len(classes), len(classes)) or not counts.sum() > 0:
+        raise ValueError("no square of counts, or an empty one")
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    wrong = np.where(np.eye(len(classes), dtype=bool), 0, counts)
+    row, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
+    axis = {"tickvals": list(range(len(classes))), "ticktext": classes, "showgrid": False, "zeroline": False}
+    spec = {
+        "data": [
+            {
+                "type": "heatmap",
+                "z": share.round(1).tolist(),
+                "customdata": counts.astype(int).tolist(),
+                "zmin": 0,
+                "zmax": 100,
+                "colorscale": [[0, f"@{look.colour}/0"], [0.1, f"@{look.colour}/0.35"], [1, f"@{look.colour}/1"]],
+                "showscale": False,
+                "hovertemplate": "%{y} taken for %{x}: %{z:.1f} %, %{customdata} samples<extra></extra>",
+            }
+        ],
+        "layout": {
+            "xaxis": {**axis, "title": {"text": "decision"}},
+            "yaxis": {**axis, "title": {"text": "label"}, "autorange": "reversed"},
+        },
+    }
+    most = f"{classes[row]} is taken for {classes[column]} most often ({wrong[row, column]:,.0f} times)"
+    return Figure(
+        "",
+        f"{look.name or group.label}: confusion",
+        "Each row is a label, each column a decision; the darker, the more of the label's samples. Pooled over seeds.",
+        f"{100 * counts.trace() / counts.sum():.1f} % are right; {most}" if wrong.any() else "all are right",
+        {"": spec},
+        ("label", *classes),
+        [(name, *(f"{n:,.0f}" for n in line)) for name, line in zip(classes, counts, strict=True)],
+        row=group.label,
+    )
+
+
 def picture_panel(group: Group, panels: Sequence[Any], look: Look, kind: str = "picture") -> Figure:
     """A picture that the first run left in its folder: SVG or PNG, shown as an image, in which no script runs."""
     run, panel = next((run, run.panels[kind]) for run in group.runs if kind in run.panels)
@@ -223,6 +268,9 @@ PANELS = {
         "How often a prediction is right (bars) at each confidence; a calibrated model follows the dashed line. Below, "
         "the share of samples in each bin, pooled over seeds.",
         reliability_panel,
+    ),
+    "confusion": PanelKind(
+        "Confusion", "Which classes are taken for which, in percent of the samples of each label.", confusion_panel
     ),
     "robustness": PanelKind(
         "Robustness",

@@ -22,8 +22,11 @@ function colour(name) {
 
 // Plotly draws the copies that this returns; the specifications keep their names.
 function resolve(value, key) {
-  if (typeof value === "string") return /color$/.test(key) && value[0] === "@" ? colour(value) : value;
-  if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map((item) => resolve(item, key));
+  if (typeof value === "string") return /color(scale)?$/.test(key) && value[0] === "@" ? colour(value) : value;
+  if (Array.isArray(value)) {
+    const numbers = typeof value[0] === "number" && key !== "colorscale";
+    return numbers ? value : value.map((item) => resolve(item, key));
+  }
   if (value === null || typeof value !== "object") return value;
   return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, resolve(item, name)]));
 }

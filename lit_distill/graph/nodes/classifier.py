@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
-from lit_distill.core.metrics import reliability
+from lit_distill.core.metrics import classifier_panels
 from lit_distill.graph.classifier import graph_metrics
 from lit_distill.graph.nodes.data import NodeBatch, NodeGraph
 
@@ -81,8 +81,8 @@ class NodeClassifier(Distiller):
             self._log_teacher(node_logits(self.teacher, batch), logits, batch.labels)
 
     def on_test_epoch_end(self) -> None:
-        """Logs `test/*`, and keeps the reliability bins."""
-        self.panels["reliability"] = reliability(self.test_metrics)
+        """Logs `test/*`, and keeps the calibration and the confusion."""
+        self.panels |= classifier_panels(self.test_metrics, self._data())
         self._log_metrics(self.test_metrics)
         data = self._data()
         if data.part("test").unseen.any():
