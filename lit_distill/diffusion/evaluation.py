@@ -14,6 +14,7 @@ from lit_distill.core.networks import freeze
 from lit_distill.core.taps import FeatureTaps
 from lit_distill.diffusion.draws import Draws
 from lit_distill.diffusion.metrics import (
+    frechet_inception_distance,
     nearest_train_ratio,
     precision_recall,
     relative_frechet_distance,
@@ -38,6 +39,7 @@ class GenerationEvaluation:
     - `mmd`: squared maximum mean discrepancy of the samples themselves.
     - `nearest_train`: median distance to the training set, over that of the real samples; far below 1 if memorised.
     - `std_ratio`: standard deviation of generated over real; shows collapse and over-saturation.
+    - `fid`: Frechet distance of pixels in the features of `extractor`, by torchmetrics; FID if that is Inception's.
     - `nfe`, `images_per_second`: calls of the network for a sample, and speed on the machine of the run.
 
     Args:
@@ -49,6 +51,7 @@ class GenerationEvaluation:
         columns: Samples of each class in the picture.
         neighbors: k of precision and recall.
         real_samples: Real samples at most, of each part.
+        extractor: From uint8 images of three channels to features (N, D), such as `metrics.inception(weights)`.
     """
 
     def __init__(
@@ -61,10 +64,12 @@ class GenerationEvaluation:
         columns: int = 10,
         neighbors: int = 3,
         real_samples: int = 5000,
+        extractor: nn.Module | None = None,
     ) -> None:
         check_least("model.evaluation", 2, samples=samples, val_samples=val_samples, real_samples=real_samples)
         check_least("model.evaluation", 1, batch_size=batch_size, columns=columns, neighbors=neighbors)
         self.classifier = None if classifier is None else freeze(classifier)
+        self.extractor = None if extractor is None else freeze(extractor)
         self.samples, self.val_samples = samples, val_samples
         self.batch_size = batch_size
         self.columns = columns
@@ -114,6 +119,10 @@ class GenerationEvaluation:
             values["images_per_second"] = speed
         if self.classifier is not None:
             values |= self._by_classifier(generated, labels, real)
+        if self.extractor is not None:
+            pixels = (data.pixels(samples) for samples in (generated, real))
+            network = self.extractor.to(generated.device)
+            values["fid"] = frechet_inception_distance(*pixels, extractor=network, batch_size=self.batch_size)
         self._show(module, data, generated, labels, part)
         return {name: float(value) for name, value in values.items()}
 

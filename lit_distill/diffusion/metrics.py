@@ -1,8 +1,13 @@
 """How near generated samples are to real ones: functions of features, float64."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from lit_distill.core.errors import UsageError
 
 
 def frechet_distance(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> Float[Tensor, ""]:
@@ -23,6 +28,74 @@ def frechet_distance(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     return (first.mean(0) - second.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * cross
+
+
+def frechet_inception_distance(
+    generated: Float[Tensor, "n c h w"],
+    real: Float[Tensor, "m c h w"],
+    *,
+    extractor: nn.Module,
+    batch_size: int = 100,
+) -> Float[Tensor, ""]:
+    """Frechet distance of pixels in the features of a network, computed by torchmetrics.
+
+    Args:
+        generated: Pixels in [0, 1] (N, C, H, W); of grey ones each channel is the same.
+        real: Likewise (M, C, H, W).
+        extractor: From uint8 images of three channels to features (N, D). With Inception's it is the FID.
+        batch_size: Images at once.
+
+    Raises:
+        UsageError: torchmetrics' image metrics are not installed.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        metric: Any = FrechetInceptionDistance(feature=extractor, input_img_size=(3, *real.shape[2:]))
+    except ModuleNotFoundError as error:
+        raise UsageError(f"model.evaluation.fid: a package is missing ({error}); pip install torch-fidelity") from error
+    metric = metric.to(real.device)
+    for pixels, is_real in ((generated, False), (real, True)):
+        for some in pixels.split(batch_size):
+            # torchmetrics gives a network of the user's the images as they are.
+            metric.update((some.expand(-1, 3, -1, -1) * 255).byte(), real=is_real)
+    return metric.compute()
+
+
+def inception(weights: str) -> nn.Module:
+    """Makes the Inception network of FID with weights that the user has put on this machine, for YAML.
+
+    Nothing is downloaded: the file is `pt_inception-2015-12-05-6726825d.pth` of torch-fidelity.
+
+    Args:
+        weights: The file.
+
+    Raises:
+        UsageError: The file is not there, or package torch-fidelity is missing.
+    """
+    if not Path(weights).expanduser().is_file():
+        raise UsageError(f"model.evaluation.fid: {weights} does not exist; put Inception's weights there")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "model.evaluation.fid: package torch-fidelity is missing; pip install torch-fidelity"
+        ) from error
+
+    class Pooled(nn.Module):
+        """Its features of 2,048 numbers, out of the tuple that it gives."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            path = str(Path(weights).expanduser())
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=path
+            )
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network(images)[0]
+
+    return Pooled().eval()
 
 
 def relative_frechet_distance(generated: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> Float[Tensor, ""]:

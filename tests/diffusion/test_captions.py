@@ -128,3 +128,23 @@ def test_wan_is_a_video_of_one_frame(tmp_path):
     torch.testing.assert_close(coder.encode(images), (latents - 0.5) / 2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(coder.decode((latents - 0.5) / 2), decoded, rtol=1e-4, atol=1e-5)
     assert coder.shape(16) == coder.encode(images).shape[1:] == (4, 1, 8, 8)
+
+
+def test_a_tiny_autoencoder_has_no_variance(tmp_path):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), scaling_factor=0.5,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    coder = Autoencoder(str(tmp_path), batch_size=2)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(images).latents * 0.5
+        decoded = vae.decode(latents / 0.5).sample
+    torch.testing.assert_close(coder.encode(images), latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(coder.decode(latents), decoded, rtol=1e-4, atol=1e-5)
+    assert coder.shape(16) == latents.shape[1:] == (4, 8, 8)
+    (tmp_path / "vae/config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(UsageError, match="holds a VQModel; known are AutoencoderKL, AutoencoderTiny"):
+        Autoencoder(str(tmp_path)).shape(16)
