@@ -61,7 +61,7 @@ class GeneratorLatents(GeneratorImages):
             raise UsageError(f"data.source: its images have {channels} channels, the autoencoder takes {wanted}")
         if height != width:
             raise UsageError(f"data.source: images of {height} x {width} pixels are not square; crop them")
-        self.sample_shape = self.autoencoder.shape(height)
+        self.sample_shape = self.autoencoder.shape(height)  # type: ignore[assignment]  # videos have four
         return parts
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
