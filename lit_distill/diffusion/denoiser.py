@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
             return x_t
         alpha, sigma, _, _ = self.path.at(t, x_t)
         # c_in x = (x_t / alpha) / sqrt(r^2 + s^2), without dividing by an alpha of 0.
-        return x_t / (sigma.square() + (alpha * self.data_std).square()).sqrt()
+        return x_t / _beside((sigma.square() + (alpha * self.data_std).square()).sqrt(), x_t)
 
     def estimate(
         self, out: Float[Tensor, "b *sample"], x_t: Float[Tensor, "b *sample"], t: Tensor, prediction: Prediction
@@ -107,7 +107,8 @@ class Denoiser(nn.Module):
         alpha, sigma, _, _ = self.path.at(t, x_t)
         variance = self.data_std**2
         spread = sigma.square() + alpha.square() * variance
-        x0 = (alpha * variance / spread * x_t + sigma * self.data_std / spread.sqrt() * out).float()
+        skip, scale = alpha * variance / spread, sigma * self.data_std / spread.sqrt()
+        x0 = (_beside(skip, x_t) * x_t + _beside(scale, out) * out).float()
         return self.path.convert(x0, x_t.float(), t, "x0", prediction)
 
     def network_time(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -208,6 +209,11 @@ def guided(
     if isinstance(scale, Tensor):
         scale = scale.to(cond).reshape(-1, *(1,) * (cond.ndim - 1))
     return uncond + scale * (cond - uncond)
+
+
+def _beside(factor: Tensor, samples: Tensor) -> Tensor:
+    """Factors to multiply samples by: found in float64, which samples themselves need not be."""
+    return factor.to(torch.promote_types(samples.dtype, torch.float32))
 
 
 def joined(first: Condition, second: Condition) -> Condition:
