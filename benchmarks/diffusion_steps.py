@@ -130,7 +130,7 @@ class Loop:
         ]
         for own, other in zip(self.optimizers, module.trainer.optimizers, strict=True):
             own.load_state_dict(copy.deepcopy(other.state_dict()))
-        self.values: list[float] = []
+        self.values: list[Tensor] = []
 
     def time(self, r: Tensor) -> Tensor:
         """What networks are given as time."""
@@ -279,10 +279,14 @@ UNITS = ("student", "fake and head", *("fake alone",) * (FAKE_UPDATES - 1))
 
 
 def check(module: DMD2, loop: Loop, names: list[str]) -> None:
-    """Compares the losses of the last iteration."""
+    """Compares the losses of the last iteration.
+
+    Not of later ones: a head of a map normalizes groups of two numbers, which makes them +1 and -1, so that what
+    float32 rounds away grows from step to step.
+    """
     own = [float(module.terms[name]) for name in names]
     hand = [float(value) for value in loop.values]
-    if any(abs(a - b) > 1e-3 * abs(b) + 1e-7 for a, b in zip(own, hand, strict=True)):
+    if any(abs(a - b) > 1e-4 * abs(b) for a, b in zip(own, hand, strict=True)):
         raise AssertionError(f"our losses are {own}, by hand they are {hand}")
 
 
@@ -308,9 +312,8 @@ def report(name: str, case: Case) -> None:
                 start, start_cpu = time.perf_counter(), _cpu_seconds()
                 sides[side].take()
                 seconds[side][-1].append((time.perf_counter() - start, _cpu_seconds() - start_cpu))
-            if number == 0 and unit:
-                names = ["surrogate", "gan", "fake", "discriminator"][0 if unit == 1 else 2 :]
-                check(module, loop, names)
+            if number == 0 and unit == 1:
+                check(module, loop, ["surrogate", "gan", "fake", "discriminator"])
     for side in sides.values():
         side.finish()
     for role in ("student", "fake and head", "fake alone", "five"):
