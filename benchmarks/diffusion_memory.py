@@ -4,9 +4,9 @@
 
 "published" counts bytes of networks of Stable Diffusion's shapes, with the LoRA of `swiftbrush.yaml`, on tensors that
 have shapes and no memory: what Adam and float32 hold of each role. "trained" takes steps of a UNet2DConditionModel of
-moderate size and adds up what is there after them, tensor by tensor (each storage once, however many roles share it), and
-the most that a step adds to that (torch's profiler of allocations). "student + teacher" is what those two hold; the total
-is theirs and the fake score's. The target is for a LoRA's total.
+moderate size and adds up what is there after them, tensor by tensor (each storage once, however many roles share it),
+and the most that a step adds to that (torch's profiler of allocations). "student + teacher" is what those two hold; the
+total is theirs and the fake score's. The target is for a LoRA's total.
 """
 
 import os
@@ -111,7 +111,9 @@ def held(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[in
     """What a role holds: weights, gradients, and the state of its optimizer."""
     weights = list(network.parameters())
     gradients = [p.grad for p in weights if p.grad is not None]
-    states = [] if optimizer is None else [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    states = (
+        [] if optimizer is None else [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    )
     return storages([*weights, *network.buffers(), *gradients, *states])
 
 

@@ -2,17 +2,17 @@
 
     python benchmarks/diffusion_steps.py [digits | pixels ...]
 
-"digits" has the networks and settings of `dmd2_small.yaml`, so that what is around the arithmetic weighs most; "pixels" a
-UNet2DModel of 0.64 million parameters on images of 3x32x32, where arithmetic does. The fake score takes five steps for
-one of the student. Ours is `Trainer.fit`; the loop has the same arithmetic, numbers drawn and batches, and nothing around
-it. That both compute the same losses is checked first.
+"digits" has the networks and settings of `dmd2_small.yaml`, so that what is around the arithmetic weighs most;
+"pixels" a UNet2DModel of 0.64 million parameters on images of 3x32x32, where arithmetic does. The fake score takes five
+steps for one of the student. Ours is `Trainer.fit`; the loop has the same arithmetic, the same numbers drawn, the same
+batches, and nothing around it. That both compute the same losses is checked first.
 
 "student" is the generator's sample with its graph and the student's update; "fake and head" their update on the same
 sample; "fake alone" an iteration in which the student rests, the sample without a graph and their update; "five" the
 whole cycle of five iterations.
 """
 
-from timing import Pause, Side, Turns, _cpu_seconds  # isort: skip  (before torch)
+from timing import Pause, Side, Turns  # isort: skip  (before torch)
 
 import copy
 import itertools
@@ -80,9 +80,7 @@ def unet_trunk(network: nn.Module, x: Tensor, time: Tensor, labels: Tensor) -> T
 
 
 CASES = {
-    "digits": Case(
-        lambda: ResidualMLP(64, CLASSES), "log_noise", "network.blocks.1", mlp_trunk, (1, 8, 8), 128, 60, 5
-    ),
+    "digits": Case(lambda: ResidualMLP(64, CLASSES), "log_noise", "network.blocks.1", mlp_trunk, (1, 8, 8), 128, 60, 5),
     "pixels": Case(
         lambda: small_unet(32, 3, CLASSES), "saturating", "network.mid_block", unet_trunk, (3, 32, 32), 32, 5, 1
     ),
@@ -309,9 +307,9 @@ def report(name: str, case: Case) -> None:
         for unit in range(len(UNITS)):
             order = list(sides) if (number + unit) % 2 else list(reversed(sides))
             for side in order:
-                start, start_cpu = time.perf_counter(), _cpu_seconds()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 sides[side].take()
-                seconds[side][-1].append((time.perf_counter() - start, _cpu_seconds() - start_cpu))
+                seconds[side][-1].append((time.perf_counter() - start, time.process_time() - start_cpu))
             if number == 0 and unit == 1:
                 check(module, loop, ["surrogate", "gan", "fake", "discriminator"])
     for side in sides.values():

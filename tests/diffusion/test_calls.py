@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from lit_distill.diffusion.methods.dmd2 import DMD2
 from lit_distill.diffusion.times import Listed
 
