@@ -9,7 +9,7 @@ batches, and nothing around it. That both compute the same losses is checked fir
 
 "student" is the generator's sample with its graph and the student's update; "fake and head" their update on the same
 sample; "fake alone" an iteration in which the student rests, the sample without a graph and their update; "five" the
-whole cycle of five iterations.
+whole cycle of five iterations. "Lightning" is the loop by hand as a bare LightningModule under the same Trainer.
 """
 
 from timing import Pause, Side, Turns  # isort: skip  (before torch)
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jobs import Halt
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -159,63 +159,94 @@ class Loop:
 
     def run(self, pause: Pause, iteration: int) -> None:
         """Runs from an iteration on, which is the student's turn."""
-        students = list(self.student.parameters())
         for number in itertools.count(iteration):
             pause()
-            batch = self.batches[number % len(self.batches)]
-            generator = torch.Generator().manual_seed(derived_seed("step", 0, number))
-            count, shape = len(batch.images), batch.images.shape
+            self.iterate(number, self.batches[number % len(self.batches)], pause)
 
-            def noised(x: Tensor, r: Tensor, generator: torch.Generator = generator) -> Tensor:
-                return x + r.view(-1, 1, 1, 1) * torch.randn(x.shape, generator=generator)
+    def iterate(self, number: int, batch: ImageBatch, pause: Pause) -> None:
+        """One iteration; pauses between two updates."""
+        students = list(self.student.parameters())
+        generator = torch.Generator().manual_seed(derived_seed("step", 0, number))
+        count, shape = len(batch.images), batch.images.shape
 
-            def log_normal(count: int = count, generator: torch.Generator = generator) -> Tensor:
-                drawn = torch.randn(count, generator=generator, dtype=torch.float64)
-                return (-1.0 + 1.4 * drawn).exp().clamp(0.002, 80).float()
+        def noised(x: Tensor, r: Tensor, generator: torch.Generator = generator) -> Tensor:
+            return x + r.view(-1, 1, 1, 1) * torch.randn(x.shape, generator=generator)
 
-            def karras(count: int = count, generator: torch.Generator = generator) -> Tensor:
-                u = 0.02 + 0.96 * torch.rand(count, generator=generator, dtype=torch.float64)
-                low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-                return ((low + u * (high - low)) ** 7).float()
+        def log_normal(count: int = count, generator: torch.Generator = generator) -> Tensor:
+            drawn = torch.randn(count, generator=generator, dtype=torch.float64)
+            return (-1.0 + 1.4 * drawn).exp().clamp(0.002, 80).float()
 
-            labels = torch.randint(CLASSES, (count,), generator=generator)
-            noise = START * torch.randn(shape, generator=generator)
-            first = torch.full((count,), START)
-            if number % FAKE_UPDATES == 0:
+        def karras(count: int = count, generator: torch.Generator = generator) -> Tensor:
+            u = 0.02 + 0.96 * torch.rand(count, generator=generator, dtype=torch.float64)
+            low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+            return ((low + u * (high - low)) ** 7).float()
+
+        labels = torch.randint(CLASSES, (count,), generator=generator)
+        noise = START * torch.randn(shape, generator=generator)
+        first = torch.full((count,), START)
+        if number % FAKE_UPDATES == 0:
+            x = self.denoise(self.student, noise, first, labels)
+            r = karras()
+            with torch.no_grad():
+                x_t = noised(x, r)
+                real = self.denoise(self.teacher, x_t, r, labels)
+                fake = self.denoise(self.fake, x_t, r, labels)
+                gradient = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+            surrogate = 0.5 * (x - (x - gradient).detach()).square().mean()
+            for parameter in self.critics:
+                parameter.requires_grad_(False)
+            r = log_normal()
+            gan = GAN * F.softplus(-self.logits(noised(x, r), r, labels)).mean()
+            self.step(surrogate + gan, self.optimizers[0], students)
+            for parameter in self.critics:
+                parameter.requires_grad_(True)
+            self.values = [surrogate.detach(), gan.detach()]
+            x = x.detach()
+            pause()
+        else:
+            self.values = []
+            with torch.no_grad():
                 x = self.denoise(self.student, noise, first, labels)
-                r = karras()
-                with torch.no_grad():
-                    x_t = noised(x, r)
-                    real = self.denoise(self.teacher, x_t, r, labels)
-                    fake = self.denoise(self.fake, x_t, r, labels)
-                    gradient = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
-                surrogate = 0.5 * (x - (x - gradient).detach()).square().mean()
-                for parameter in self.critics:
-                    parameter.requires_grad_(False)
-                r = log_normal()
-                gan = GAN * F.softplus(-self.logits(noised(x, r), r, labels)).mean()
-                self.step(surrogate + gan, self.optimizers[0], students)
-                for parameter in self.critics:
-                    parameter.requires_grad_(True)
-                self.values = [surrogate.detach(), gan.detach()]
-                x = x.detach()
-                pause()
-            else:
-                self.values = []
-                with torch.no_grad():
-                    x = self.denoise(self.student, noise, first, labels)
-            r = log_normal()
-            error = (self.denoise(self.fake, noised(x, r), r, labels) - x).square().mean((1, 2, 3))
-            fake_loss = ((r**-2 + self.std**-2) * error).mean()
-            r = log_normal()
-            made = noised(x, r)
-            r_real = log_normal()
-            both = torch.cat([made, noised(batch.images, r_real)])
-            logits = self.logits(both, torch.cat([r, r_real]), torch.cat([labels, batch.labels]))
-            generated, true = logits.chunk(2)
-            discriminator = DISCRIMINATOR * (F.softplus(generated).mean() + F.softplus(-true).mean())
-            self.step(fake_loss + discriminator, self.optimizers[1], self.critics)
-            self.values += [fake_loss.detach(), discriminator.detach()]
+        r = log_normal()
+        error = (self.denoise(self.fake, noised(x, r), r, labels) - x).square().mean((1, 2, 3))
+        fake_loss = ((r**-2 + self.std**-2) * error).mean()
+        r = log_normal()
+        made = noised(x, r)
+        r_real = log_normal()
+        both = torch.cat([made, noised(batch.images, r_real)])
+        logits = self.logits(both, torch.cat([r, r_real]), torch.cat([labels, batch.labels]))
+        generated, true = logits.chunk(2)
+        discriminator = DISCRIMINATOR * (F.softplus(generated).mean() + F.softplus(-true).mean())
+        self.step(fake_loss + discriminator, self.optimizers[1], self.critics)
+        self.values += [fake_loss.detach(), discriminator.detach()]
+
+
+class Bare(LightningModule):
+    """The same loop as a Lightning module that does nothing else."""
+
+    def __init__(self, loop: Loop, pause: Pause) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.networks = nn.ModuleList([loop.student, loop.fake, loop.head])
+        self.loop, self.halt, self.number = loop, pause, FAKE_UPDATES
+        loop.step = self.descend  # type: ignore[method-assign]  # as Lightning wants it
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the loop."""
+        return self.loop.optimizers
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Descends a loss."""
+        chosen = self.optimizers()[self.loop.optimizers.index(optimizer)]
+        chosen.zero_grad()
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        chosen.step()
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """One iteration."""
+        self.loop.iterate(self.number, batch, self.halt)
+        self.number += 1
 
 
 # ---- ours ----------------------------------------------------------------------------------------------------------
@@ -254,21 +285,26 @@ def ours(case: Case, data: Fixed) -> tuple[DMD2, Side]:
         optimizer=lambda parameters: torch.optim.Adam(parameters, LR, BETAS),
     )
 
-    def fit(pause: Pause) -> None:
+    def run(pause: Pause) -> None:
         halt.append(pause)
-        Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=100_000,
-            limit_val_batches=0,
-            logger=False,
-            callbacks=[Halt(pause, "step")],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(module, datamodule=data)
+        fit(module, data, pause)
 
-    return module, fit
+    return module, run
+
+
+def fit(module: LightningModule, data: Fixed, pause: Pause) -> None:
+    """Trains with nothing around."""
+    Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=100_000,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[Halt(pause, "step")],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=data)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -291,14 +327,17 @@ def check(module: DMD2, loop: Loop, names: list[str]) -> None:
 def report(name: str, case: Case) -> None:
     """Measures one size and prints its lines."""
     data = Fixed(case)
-    module, fit = ours(case, data)
-    us = Turns(fit)
+    module, run = ours(case, data)
+    us = Turns(run)
     for _ in range(len(UNITS) + 1):  # to the end of the first cycle; the copies are made there
         us.take()
     loop = Loop(case, module, data.batches)
     hand = Turns(lambda pause: loop.run(pause, FAKE_UPDATES))
     hand.take()
-    sides = {"ours": us, "hand": hand}
+    bare_loop = Loop(case, module, data.batches)
+    bare = Turns(lambda pause: fit(Bare(bare_loop, pause), data, pause))
+    bare.take()
+    sides = {"ours": us, "Lightning": bare, "hand": hand}
     # Wall and CPU seconds of each unit of each cycle, per side.
     seconds: dict[str, list[list[tuple[float, float]]]] = {side: [] for side in sides}
     for number in range(case.warmup + case.rounds):
@@ -314,20 +353,19 @@ def report(name: str, case: Case) -> None:
                 check(module, loop, ["surrogate", "gan", "fake", "discriminator"])
     for side in sides.values():
         side.finish()
-    for role in ("student", "fake and head", "fake alone", "five"):
+    for side, role in itertools.product(("ours", "Lightning"), ("student", "fake and head", "fake alone", "five")):
         chosen = [unit for unit, own in enumerate(UNITS) if role in (own, "five")]
         totals = {
-            side: [[sum(cycle[unit][kind] for unit in chosen) for cycle in cycles[case.warmup :]] for kind in (0, 1)]
-            for side, cycles in seconds.items()
+            key: [[sum(cycle[unit][kind] for unit in chosen) for cycle in cycles[case.warmup :]] for kind in (0, 1)]
+            for key, cycles in seconds.items()
         }
-        wall, cpu = (
-            [a / b for a, b in zip(totals["ours"][kind], totals["hand"][kind], strict=True)] for kind in (0, 1)
-        )
+        wall, cpu = ([a / b for a, b in zip(totals[side][kind], totals["hand"][kind], strict=True)] for kind in (0, 1))
         share = 1000 if role == "five" else 1000 / len(chosen)
-        own_ms, hand_ms = (share * statistics.median(totals[side][1]) for side in ("ours", "hand"))
+        own_ms, hand_ms = (share * statistics.median(totals[key][1]) for key in (side, "hand"))
         print(
-            f"{name:<8} {role:<14} {own_ms:>12.2f} {hand_ms:>12.2f} {statistics.median(wall):>7.3f} {min(wall):>7.3f} "
-            f"{max(wall):>7.3f} {statistics.median(cpu):>7.3f} {min(cpu):>7.3f} {max(cpu):>7.3f} {TARGET:>7}",
+            f"{name:<8} {side:<10} {role:<14} {own_ms:>9.2f} {hand_ms:>9.2f} {statistics.median(wall):>7.3f} "
+            f"{min(wall):>7.3f} {max(wall):>7.3f} {statistics.median(cpu):>7.3f} {min(cpu):>7.3f} {max(cpu):>7.3f} "
+            f"{TARGET if side == 'ours' else '':>7}",
             flush=True,
         )
 
@@ -335,8 +373,8 @@ def report(name: str, case: Case) -> None:
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # of Lightning, about short runs: they would stand between the lines of the table
-    print("ratios of ours to the loop by hand within a cycle; ms are of CPU time, medians")
-    print(f"{'':<23} {'ours CPU ms':>12} {'hand CPU ms':>12} {'wall':>7} {'min':>7} {'max':>7}", end="")
+    print("ratios to the loop by hand within a cycle; ms are of CPU time, medians")
+    print(f"{'':<34} {'CPU ms':>9} {'by hand':>9} {'wall':>7} {'min':>7} {'max':>7}", end="")
     print(f" {'CPU':>7} {'min':>7} {'max':>7} {'target':>7}", flush=True)
     for chosen in sys.argv[1:] or CASES:
         report(chosen, CASES[chosen])
