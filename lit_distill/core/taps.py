@@ -41,10 +41,10 @@ class FeatureTaps:
         self.network = network
         self.names = tuple(dict.fromkeys(names))
         self._runs = {name: _split(name) for name in self.names}
-        known = dict(network.named_modules())
         for name, (path, _, _) in self._runs.items():
-            if path not in known or not path:
-                near = difflib.get_close_matches(path, [key for key in known if key], n=4, cutoff=0.3)
+            if not path or not _holds(network, path):
+                known = [key for key, _ in network.named_modules() if key]
+                near = difflib.get_close_matches(path, known, n=4, cutoff=0.3)
                 raise UsageError(
                     f"tap '{name}' is not a module of {type(network).__name__}; nearest: {', '.join(near) or 'none'}"
                 )
@@ -64,8 +64,7 @@ class FeatureTaps:
         seen: dict[tuple[str, bool], list[tuple[Any, int]]] = {
             (path, given): [] for path, _, given in self._runs.values()
         }
-        modules = dict(self.network.named_modules())
-        handles = [_watch(modules[path], given, runs) for (path, given), runs in seen.items()]
+        handles = [_watch(self.network.get_submodule(path), given, runs) for (path, given), runs in seen.items()]
         try:
             output = self.network(*args, **kwargs)
         finally:
@@ -85,7 +84,6 @@ class FeatureTaps:
         if not plain or any(isinstance(module, FSDPModule) for module in self.network.modules()):
             return self(*args, **kwargs)[1]
         missing = {(path, given) for path, _, given in self._runs.values()}
-        modules = dict(self.network.named_modules())
         seen: dict[tuple[str, bool], list[tuple[Any, int]]] = {key: [] for key in missing}
 
         def stop(key: tuple[str, bool]) -> None:
@@ -94,9 +92,9 @@ class FeatureTaps:
                 raise _SeenAll
 
         # A second hook behind that of each tap.
-        handles = [_watch(modules[path], given, runs) for (path, given), runs in seen.items()]
+        handles = [_watch(self.network.get_submodule(path), given, runs) for (path, given), runs in seen.items()]
         for key in seen:
-            ends = modules[key[0]]
+            ends = self.network.get_submodule(key[0])
             handles.append(
                 ends.register_forward_pre_hook(lambda *_, key=key: stop(key))
                 if key[1]
@@ -133,6 +131,14 @@ class FeatureTaps:
                 "tap the module that did it, or build it without inplace"
             )
         return feature
+
+
+def _holds(network: nn.Module, path: str) -> bool:
+    try:
+        network.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _version(output: Any) -> int:

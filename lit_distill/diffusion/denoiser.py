@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_distill.core.errors import UsageError
 from lit_distill.core.networks import pretrained as load_pretrained
 from lit_distill.diffusion.networks import Condition, call_network
-from lit_distill.diffusion.paths import GaussianPath, Prediction, check_prediction
+from lit_distill.diffusion.paths import Coefficients, GaussianPath, Prediction, check_prediction
 
 _TOLD_APART = (1e-4, 1e4)  # noise-to-signal ratios; beyond these a sample looks like data, or like noise, alone
 
@@ -85,38 +85,49 @@ class Denoiser(nn.Module):
         """
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
-        given, time = self.network_input(x_t, t), self.network_time(t)
+        found = self.path.at(t, x_t)  # once for all three
+        given, time = self._input(x_t, found), self._time(t, found)
         out = call_network(self.network, given.to(dtype), time.float(), condition)
-        return self.estimate(out, x_t, t, prediction)
+        return self._estimate(out, x_t, t, prediction, found)
 
     def network_input(self, x_t: Float[Tensor, "b *sample"], t: Float[Tensor, " b"]) -> Float[Tensor, "b *sample"]:
         """Returns what the network sees of noisy samples."""
+        return self._input(x_t, self.path.at(t, x_t))
+
+    def _input(self, x_t: Tensor, found: Coefficients) -> Tensor:
         if self.prediction != "edm":
             return x_t
-        alpha, sigma, _, _ = self.path.at(t, x_t)
+        alpha, sigma, _, _ = found
         # c_in x = (x_t / alpha) / sqrt(r^2 + s^2), without dividing by an alpha of 0.
-        return x_t / (sigma.square() + (alpha * self.data_std).square()).sqrt()
+        return x_t / _beside((sigma.square() + (alpha * self.data_std).square()).sqrt(), x_t)
 
     def estimate(
         self, out: Float[Tensor, "b *sample"], x_t: Float[Tensor, "b *sample"], t: Tensor, prediction: Prediction
     ) -> Float[Tensor, "b *sample"]:
         """Returns the prediction that is wanted, in float32, from what the network said."""
+        return self._estimate(out, x_t, t, prediction, self.path.at(t, x_t))
+
+    def _estimate(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction, found: Coefficients) -> Tensor:
         out = out.float()
         if self.prediction != "edm":
             return self.path.convert(out, x_t.float(), t, self.prediction, prediction)
-        alpha, sigma, _, _ = self.path.at(t, x_t)
+        alpha, sigma, _, _ = found
         variance = self.data_std**2
         spread = sigma.square() + alpha.square() * variance
-        x0 = (alpha * variance / spread * x_t + sigma * self.data_std / spread.sqrt() * out).float()
+        skip, scale = alpha * variance / spread, sigma * self.data_std / spread.sqrt()
+        x0 = (_beside(skip, x_t) * x_t + _beside(scale, out) * out).float()
         return self.path.convert(x0, x_t.float(), t, "x0", prediction)
 
     def network_time(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Returns times (B,) as the network is given them."""
+        return self._time(t, self.path.at(t))
+
+    def _time(self, t: Tensor, found: Coefficients) -> Tensor:
         if self.time_input == "time":
             return t
         if self.time_input == "thousandths":
             return 1000 * t
-        alpha, sigma, _, _ = self.path.at(t)
+        alpha, sigma = found.alpha.flatten(), found.sigma.flatten()
         if self.time_input == "saturating":
             return 1000 * sigma / (alpha + sigma)
         return (sigma / alpha).clamp(*_TOLD_APART).log() / 4
@@ -208,6 +219,11 @@ def guided(
     if isinstance(scale, Tensor):
         scale = scale.to(cond).reshape(-1, *(1,) * (cond.ndim - 1))
     return uncond + scale * (cond - uncond)
+
+
+def _beside(factor: Tensor, samples: Tensor) -> Tensor:
+    """Factors to multiply samples by: found in float64, which samples themselves need not be."""
+    return factor.to(torch.promote_types(samples.dtype, torch.float32))
 
 
 def joined(first: Condition, second: Condition) -> Condition:

@@ -103,7 +103,7 @@ def test_the_fake_score_learns_noise_times_alpha_and_now_and_then_without_condit
     alpha, sigma = module.path.alpha(t).float().view(-1, 1, 1, 1), module.path.sigma(t).float().view(-1, 1, 1, 1)
     shown = torch.full((6,), 10) if dropout else labels
     with torch.no_grad():
-        out = module.fake.network(alpha * sample.x0 + sigma * eps, module.fake._time(t).float(), shown)
+        out = module.fake.network(alpha * sample.x0 + sigma * eps, module.fake.network_time(t).float(), shown)
     assert found.item() == pytest.approx((alpha * out - alpha * eps).square().mean().item(), rel=1e-4)
 
 
