@@ -164,11 +164,13 @@ def _sections(
             )
         )
     # Rows that only serve another section need none of their own.
-    return [
+    kept = [
         section
         for section, members in zip(sections, kinds.values(), strict=True)
         if not {group.label for group in members} <= lent
-    ] or [Comparison("", None, (), ())]
+    ]
+    kept.sort(key=lambda section: not section.baselines)  # what has nothing to be compared with is read last
+    return kept or [Comparison("", None, (), ())]
 
 
 def _title(kind: _DataKind, kinds: Iterable[_DataKind]) -> str:
