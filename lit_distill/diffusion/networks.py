@@ -103,6 +103,12 @@ def _flux(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> 
     b, c, h, w = x.shape
     tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
     words = _keywords(network, condition)
+    config: Any = network.config
+    if config.guidance_embeds != ("guidance" in words):
+        given = "is missing" if config.guidance_embeds else "is given"
+        raise UsageError(
+            f"data.text.guidance {given}; Flux.1-dev is told a scale (3.5 in its pipeline), schnell is not"
+        )
     rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(x)
     text = torch.zeros(words["encoder_hidden_states"].shape[1], 3).to(x)
@@ -111,8 +117,10 @@ def _flux(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> 
 
 
 def _lumina(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-    # Lumina counts time from noise to data, so its velocity has the other sign.
-    return -_text_transformer(network, x, 1 - time, condition)
+    # Lumina counts time from noise to data, so its velocity has the other sign. It counts the words of its mask.
+    words = _keywords(network, condition)
+    words["encoder_attention_mask"] = words["encoder_attention_mask"].bool()
+    return -_text_transformer(network, x, 1 - time, words)
 
 
 def _qwen(network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:

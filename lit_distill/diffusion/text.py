@@ -26,11 +26,15 @@ _OUTPUTS: dict[str, tuple[str | None, ...]] = {
     "StableDiffusion3Pipeline": ("encoder_hidden_states", None, "pooled_projections"),
     "PixArtAlphaPipeline": ("encoder_hidden_states", "encoder_attention_mask"),
     "WanPipeline": ("encoder_hidden_states",),
+    "FluxPipeline": ("encoder_hidden_states", "pooled_projections"),
+    "Lumina2Pipeline": ("encoder_hidden_states", "encoder_attention_mask"),
 }
 # What else it asks for. All encoders of one are given the same prompt.
+_UNGUIDED = {"do_classifier_free_guidance": False}
 _WORDS: dict[str, dict[str, Any]] = {
-    "StableDiffusion3Pipeline": {"num_images_per_prompt": 1, "prompt_2": None, "prompt_3": None},
-    "WanPipeline": {"num_videos_per_prompt": 1, "max_sequence_length": 512},
+    "StableDiffusion3Pipeline": {"num_images_per_prompt": 1, "prompt_2": None, "prompt_3": None, **_UNGUIDED},
+    "WanPipeline": {"num_videos_per_prompt": 1, "max_sequence_length": 512, **_UNGUIDED},
+    "FluxPipeline": {"max_sequence_length": 512},
 }
 _READ = ("text_encoder", "tokenizer")  # and what is numbered after these
 
@@ -55,14 +59,18 @@ class TextEncoder:
     """Makes of prompts what networks are conditioned on, the way the pipeline in a folder of diffusers does.
 
     Args:
-        folder: Folder of the pipeline of Stable Diffusion (1 and 2, XL, 3), PixArt-alpha or Wan, or its name where it
-            is in the local cache. Nothing is downloaded; of the pipeline, tokenizers and text encoders are read.
+        folder: Folder of the pipeline of Stable Diffusion (1 and 2, XL, 3), PixArt-alpha, Wan, Flux.1 or Lumina 2, or
+            its name where it is in the local cache. Nothing is downloaded; of the pipeline, tokenizers and text
+            encoders are read.
         batch_size: Prompts at once.
         resolution: Pixels of each side of the images, which Stable Diffusion XL is told besides.
+        guidance: Scale that Flux.1-dev, which learned its own guidance, is told besides; its pipeline's is 3.5.
     """
 
-    def __init__(self, folder: str, batch_size: int = 64, resolution: int | None = None) -> None:
-        self.folder, self.batch_size, self.resolution = folder, batch_size, resolution
+    def __init__(
+        self, folder: str, batch_size: int = 64, resolution: int | None = None, guidance: float | None = None
+    ) -> None:
+        self.folder, self.batch_size, self.resolution, self.guidance = folder, batch_size, resolution, guidance
 
     def __call__(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Embeds prompts: (N, ...) by name, float32, on the CPU.
@@ -78,8 +86,7 @@ class TextEncoder:
         for encoder in encoders(pipeline).values():
             encoder.to(device).eval()
         kind = type(pipeline).__name__
-        words: dict[str, Any] = {"do_classifier_free_guidance": False, "device": torch.device(device)}
-        words |= _WORDS.get(kind, {"num_images_per_prompt": 1})
+        words = {"device": torch.device(device), **_WORDS.get(kind, {"num_images_per_prompt": 1, **_UNGUIDED})}
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(prompts), self.batch_size):
             some = list(prompts[start : start + self.batch_size])
@@ -91,6 +98,8 @@ class TextEncoder:
             # Height and width of the original, corner of the crop, height and width of the target.
             size = float(self.resolution or 0)
             found["time_ids"] = torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(len(prompts), -1)
+        if self.guidance is not None:
+            found["guidance"] = torch.full((len(prompts),), self.guidance)
         return found
 
     def load(self) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from score_methods import attach, check_score_method
@@ -19,6 +19,8 @@ from tiny_pipeline import (
     RESOLUTION,
     TOKENS,
     WIDTH,
+    save_flux,
+    save_lumina,
     save_pixart,
     save_sd3,
     save_sdxl,
@@ -52,6 +54,7 @@ PUBLISHED = {
     "dmd2_sdxl": "sdxl",
     "dmd2_sd3": "sd3",
     "decoupled_dmd_sdxl": "sdxl",
+    "decoupled_dmd_lumina": "lumina",
     "phased_dmd_wan": "wan",
     "nitrofusion_sdxl": "sdxl",
 }
@@ -88,6 +91,8 @@ def pipelines(tmp_path_factory):
     save_sdxl(folder / "sdxl")
     save_sd3(folder / "sd3")
     save_wan(folder / "wan")
+    save_flux(folder / "flux")
+    save_lumina(folder / "lumina")
     spec = {"class_path": "lit_distill.diffusion.Denoiser", "init_args": sdxl_student(str(folder / "sdxl"))}
     for run in ("dmd2_1step", "dmd2_4steps"):
         save_student(instantiate(spec).state_dict(), spec, folder / run / "student")
@@ -189,6 +194,49 @@ def test_pixart_has_a_mask_besides(pipelines):
     found = TextEncoder(str(pipelines / "pixart"))(["a red cat", "dog"])
     assert found["encoder_hidden_states"].shape == (2, 120, WIDTH)
     assert found["encoder_attention_mask"][1].sum() < found["encoder_attention_mask"][0].sum() < 10
+
+
+class CalledError(Exception):
+    """Ends a pipeline at the first call of its network."""
+
+
+# The network of a pipeline is told the same by its own pipeline and by ours.
+@pytest.mark.parametrize(("kind", "told"), [("flux", {"guidance": 3.5}), ("lumina", {})])
+def test_networks_are_told_what_their_pipelines_tell_them(pipelines, kind, told):
+    folder, texts = str(pipelines / kind), ["a red cat", "dog"]
+    pipe, calls = DiffusionPipeline.from_pretrained(folder), []
+
+    def keep(module, args, words):
+        calls.append(words)
+        raise CalledError
+
+    pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    pipe.set_progress_bar_config(disable=True)
+    words = {"height": RESOLUTION, "width": RESOLUTION, "generator": torch.manual_seed(0), "num_inference_steps": 2}
+    with pytest.raises(CalledError):
+        pipe(texts, **words, guidance_scale=told.get("guidance", 1.0))
+    condition = TextEncoder(folder, batch_size=1, **told)(texts)
+    network = diffusers_network(type(pipe.transformer).__name__, folder, "transformer")
+    network.register_forward_pre_hook(keep, with_kwargs=True)
+    denoiser = Denoiser(network, scheduler_path(folder), "u", time_input="time")
+    with pytest.raises(CalledError):
+        denoiser(torch.randn(2, 4, 8, 8), 1.0, condition)
+    theirs, ours = calls
+    for name in {*theirs, *ours} - {"hidden_states", "return_dict"}:
+        if torch.is_tensor(theirs.get(name)):
+            torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-4, atol=1e-5)
+            assert ours[name].dtype.is_floating_point == theirs[name].dtype.is_floating_point
+        else:
+            assert not theirs.get(name), name
+            assert not ours.get(name), name
+
+
+def test_flux_wants_to_be_told_its_guidance_where_it_learned_it(pipelines):
+    folder = str(pipelines / "flux")
+    network = diffusers_network("FluxTransformer2DModel", folder, "transformer")
+    denoiser = Denoiser(network, scheduler_path(folder), "u", time_input="time")
+    with pytest.raises(UsageError, match=r"data\.text\.guidance is missing; Flux\.1-dev is told a scale"):
+        denoiser(torch.randn(1, 4, 8, 8), 1.0, TextEncoder(folder)(["a cat"]))
 
 
 def test_latents_are_scaled_and_come_back(pipelines):
@@ -374,8 +422,8 @@ def test_a_missing_text_encoder_is_told(pipelines, tmp_path):
     with pytest.raises(UsageError, match="has no autoencoder in 'vae'"):
         Autoencoder(str(tmp_path)).shape(16)
     index = tmp_path / "text_encoder/model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
-    with pytest.raises(UsageError, match="the text of a FluxPipeline is not known"):
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KolorsPipeline"))
+    with pytest.raises(UsageError, match="the text of a KolorsPipeline is not known"):
         TextEncoder(str(tmp_path / "text_encoder"))(["a cat"])
 
 

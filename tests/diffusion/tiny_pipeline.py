@@ -8,6 +8,10 @@ from diffusers import (
     AutoencoderKLWan,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -24,6 +28,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -126,6 +132,41 @@ def save_wan(folder):
     )  # fmt: skip
     WanPipeline(
         tokenizer, text, vae, FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer
+    ).save_pretrained(folder)
+
+
+def save_flux(folder, guidance_embeds=True):
+    torch.manual_seed(0)
+    tokenizer, second = clip_tokenizer(folder), t5_tokenizer(512)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=12, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0), autoencoder(), CLIPTextModel(clip_config(12)), tokenizer,
+        t5_encoder(second, WIDTH), second, transformer,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_lumina(folder):
+    torch.manual_seed(0)
+    tokenizer = t5_tokenizer(256)
+    text = Gemma2Model(
+        Gemma2Config(
+            vocab_size=tokenizer.vocab_size, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        )
+    )  # fmt: skip
+    transformer = Lumina2Transformer2DModel(
+        in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
+        multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(300, 32, 32), cap_feat_dim=WIDTH, sample_size=8,
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:  # some begin at zero
+            nn.init.normal_(parameter, std=0.2)
+    Lumina2Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=6.0), autoencoder(), text, tokenizer
     ).save_pretrained(folder)
 
 
