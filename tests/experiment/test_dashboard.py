@@ -22,8 +22,8 @@ from lit_distill.experiment.dashboard.panels import (
     reliability_panel,
     robustness_panel,
 )
-from lit_distill.experiment.redact import without_secrets
 from lit_distill.experiment.runs import find_runs
+from lit_distill.experiment.secrets import without_secrets
 
 LOOK = Look("c1", "circle", "solid")
 ROBUSTNESS = {"epsilon": [0.0, 0.1, 0.2], "fgsm": [0.9, 0.7, 0.6], "rescaled": [0.9, 0.5, 0.1]}

@@ -16,8 +16,8 @@ from lit_distill.experiment.dashboard.curves import run_curves
 from lit_distill.experiment.dashboard.figure import Figure, clean
 from lit_distill.experiment.dashboard.listing import facets, facts, run_rows, software
 from lit_distill.experiment.dashboard.section import section_parts
-from lit_distill.experiment.redact import without_secret_values
 from lit_distill.experiment.runs import History, Run
+from lit_distill.experiment.secrets import without_secret_values
 from lit_distill.experiment.tables import sentences
 from lit_distill.experiment.words import encodable
 
