@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from samples import CONFIG, HOSTILE, RELIABILITY, history
 
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.dashboard import write_dashboard
 from lit_distill.experiment.runs import find_runs
 

@@ -10,8 +10,10 @@ from samples import CONFIG
 from scipy import stats
 
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment.compare import Stat, compare, compare_runs, paired_difference, stat
+from lit_distill.experiment.compare import compare
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.runs import find_runs
+from lit_distill.experiment.stats import Stat, paired_difference, stat
 from lit_distill.experiment.tables import columns, sentences
 from lit_distill.experiment.words import MISSING, show, show_count, show_difference
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from samples import HOSTILE, RELIABILITY
 
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.dashboard import Figure, Look, render
 from lit_distill.experiment.dashboard.cost import MOST_LABELLED
 from lit_distill.experiment.dashboard.curves import CURVE_POINTS, mean_curve

@@ -7,7 +7,7 @@ import re
 import pytest
 from samples import HOSTILE
 
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.formats import csv_text, latex, markdown
 from lit_distill.experiment.runs import find_runs
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment.compare import compare, compare_runs
+from lit_distill.experiment.compare import compare
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.runs import find_runs, write_plan
 from lit_distill.experiment.tables import columns, sentences
 

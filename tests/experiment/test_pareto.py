@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.pareto import front
 from lit_distill.experiment.runs import find_runs
 from lit_distill.experiment.tables import columns, fronts
