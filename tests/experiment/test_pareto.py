@@ -33,7 +33,7 @@ def test_small_is_good_or_bad_by_the_metric_and_rates_are_inverted(write_run, co
     for name, kl, speed in (("slow", 1.0, 10.0), ("fast", 2.0, 100.0), ("poor", 3.0, 50.0)):
         efficiency = {"inference_samples_per_second": speed}
         write_run(name, 0, {"test/kl": kl}, efficiency=efficiency, seconds=1.0)
-    comparison = compared("test/kl")
+    comparison = compared(metric="test/kl")
     assert fronts(comparison) == {"slow": ["latency"], "fast": ["latency"], "poor": []}
 
 
