@@ -120,11 +120,9 @@ def _export_hf(source: Path, run: Path, target: Path) -> None:
         )
     with atomic_folder(target) as part:
         network.save_pretrained(part)
-        # One that was cut to some tokens numbers them in its own way, which no tokenizer knows.
         if getattr(network, "vocabulary", None) is not None:
-            write_json(part / "vocabulary.json", network.vocabulary.tolist())
-            print("the student knows a part of the vocabulary; in place of a tokenizer, vocabulary.json names it")
-        elif (name := _tokenizer_name(source, run)) is None:
+            print(f"the student knows {network.vocab_size} tokens; others are never written, and read as nothing")
+        if (name := _tokenizer_name(source, run)) is None:
             print(f"{run} names no tokenizer; copy the one that the student was trained with")
         else:
             _tokenizer(name).save_pretrained(part)

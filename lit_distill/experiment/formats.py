@@ -5,7 +5,9 @@ import io
 import re
 from typing import Any
 
-from lit_distill.experiment.compare import Comparison, Difference, Group
+from lit_distill.experiment.comparison import Comparison
+from lit_distill.experiment.groups import Group
+from lit_distill.experiment.stats import Difference
 from lit_distill.experiment.tables import best, columns, fronts, is_marked, sentences
 from lit_distill.experiment.words import encodable, heading
 

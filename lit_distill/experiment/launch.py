@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -28,23 +27,18 @@ from lit_distill.core.callbacks import BestWeights, Efficiency, TeacherCheck
 from lit_distill.core.checkpoint_io import AtomicCheckpointIO
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError
-from lit_distill.core.files import atomic_path, write_text
+from lit_distill.core.files import atomic_path
 from lit_distill.core.strategies import full_state
-from lit_distill.experiment.confighash import config_hash, first_difference
+from lit_distill.experiment.confighash import config_hash
 from lit_distill.experiment.export import save_student
-from lit_distill.experiment.logger import METRICS_FILE, RunLogger
+from lit_distill.experiment.logger import RunLogger
 from lit_distill.experiment.resume_point import ResumePoint
+from lit_distill.experiment.run_folder import LAST_CHECKPOINT, AlreadyFinishedError, open_folder
 from lit_distill.experiment.secrets import refuse_secrets
-from lit_distill.experiment.summary import SUMMARY_FILE, write_summary
-from lit_distill.experiment.wandb_run import ID_FILE, WandbRun
+from lit_distill.experiment.summary import write_summary
+from lit_distill.experiment.wandb_run import WandbRun
 
-CONFIG_FILE = "config.yaml"
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-
-
-class AlreadyFinishedError(Exception):
-    """The run asked for is there, complete; not a mistake."""
 
 
 @dataclass
@@ -158,40 +152,12 @@ class DistillCLI(LightningCLI):
         self._check_checkpoint(config)
 
     def _open_folder(self, config: Any, text: str) -> None:
-        folder, run = self.folder, config.run
+        folder = self.folder
         if _rank() == 0:
-            if (folder / CONFIG_FILE).is_file():
-                keep = self._meet_earlier_run(text, overwrite=run.overwrite)
-            elif folder.exists() and any(not _is_partial(path) for path in folder.iterdir()):
-                raise UsageError(f"--run.name: {folder} holds files of something else; choose another --run.name")
-            else:
-                keep = False
-            if not keep:
-                _clear(folder)
-                write_text(folder / CONFIG_FILE, text)
-            for path in filter(_is_partial, folder.rglob("*")):  # what a killed run was writing
-                path.unlink(missing_ok=True)
+            open_folder(folder, text, self.config_sha, overwrite=config.run.overwrite)
         if config.ckpt_path is None and (folder / LAST_CHECKPOINT).is_file():
             config.ckpt_path = str(folder / LAST_CHECKPOINT)
             _say(f"resuming {folder} from its last checkpoint")
-
-    def _meet_earlier_run(self, text: str, *, overwrite: bool) -> bool:
-        """Says whether to go on with the run in the folder; raises if it may be neither resumed nor replaced."""
-        folder = self.folder
-        earlier = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-        if config_hash(earlier) != self.config_sha:
-            has_results = any((folder / name).exists() for name in (SUMMARY_FILE, METRICS_FILE, LAST_CHECKPOINT))
-            if has_results and not overwrite:
-                raise UsageError(
-                    f"--run.name: {folder} holds a run with another configuration ({first_difference(earlier, text)}); "
-                    "choose another --run.name, or --run.overwrite true"
-                )
-        elif (folder / SUMMARY_FILE).is_file():
-            if not overwrite:
-                raise AlreadyFinishedError(f"{folder} is finished; --run.overwrite true runs it again")
-        else:
-            return True
-        return False
 
     def _check_checkpoint(self, config: Any) -> None:
         path = config.ckpt_path
@@ -268,7 +234,7 @@ class DistillCLI(LightningCLI):
         student = getattr(fit_model, fit_model.product, None) if isinstance(fit_model, Distiller) else None
         state = None if student is None else full_state(student)
         if state is not None and trainer.is_global_zero:
-            spec = _plain(config.model.init_args[fit_model.product])
+            spec = plain(config.model.init_args[fit_model.product])
             save_student(state, spec, self.folder / "student", kept=fit_model.kept_with_product())
         if config.run.test and _has_test_data(self.datamodule, fit_model):
             results = trainer.test(fit_model, datamodule=self.datamodule, verbose=False)
@@ -276,7 +242,7 @@ class DistillCLI(LightningCLI):
         if trainer.is_global_zero:
             write_summary(
                 self.folder,
-                config=_plain(config),
+                config=plain(config),
                 model=fit_model,
                 datamodule=self.datamodule,
                 metrics=metrics,
@@ -309,8 +275,11 @@ def run_lightning(words: list[str]) -> int:
     return 0
 
 
-class _ParsingCLI(DistillCLI):
+class ParsingCLI(DistillCLI):
     """Parses, and does nothing of what is asked."""
+
+    def _set_seed(self) -> None:
+        pass
 
     def before_instantiate_classes(self) -> None:
         """Leaves the folder alone."""
@@ -324,20 +293,8 @@ class _ParsingCLI(DistillCLI):
 
 def check_words(words: list[str]) -> int:
     """Checks a command of `run_lightning` as far as parsing does, and runs nothing."""
-    _ParsingCLI(words)
+    ParsingCLI(words)
     return 0
-
-
-def _clear(folder: Path) -> None:
-    """Removes the results of an earlier run, caches of its student's outputs included.
-
-    The summary goes first and config.yaml stays until a new one replaces it: at no moment are there checkpoints
-    beside a configuration that they are not of.
-    """
-    for path in (folder / SUMMARY_FILE, folder / METRICS_FILE, folder / ID_FILE, *folder.glob("*.safetensors")):
-        path.unlink(missing_ok=True)
-    for name in ("student", LAST_CHECKPOINT.parent, "wandb"):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _keep_freed_memory() -> None:
@@ -351,10 +308,6 @@ def _keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(trim_threshold, 2**30)
         library.mallopt(mmap_threshold, largest)
-
-
-def _is_partial(path: Path) -> bool:
-    return path.name.startswith(".") and path.suffix == ".partial"
 
 
 def _check_yaml(words: list[str]) -> None:
@@ -417,13 +370,14 @@ def _is_sharding(strategy: Any) -> bool:
     return "fsdp" in name.lower() or "modelparallel" in name.lower() or "deepspeed" in name.lower()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value in types of JSON, as a configuration is written down; of others what they say of themselves."""
     if isinstance(value, jsonargparse.Namespace):
-        return {key: _plain(entry) for key, entry in vars(value).items()}
+        return {key: plain(entry) for key, entry in vars(value).items()}
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
 
 

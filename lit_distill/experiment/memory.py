@@ -12,19 +12,7 @@ from torch import nn
 from lit_distill.core.errors import UsageError
 from lit_distill.core.memory import memory_rows, optimizer_states
 from lit_distill.core.networks import freeze, import_class, instantiate
-from lit_distill.experiment.launch import DistillCLI, _plain
-
-
-class _Reader(DistillCLI):
-    """Reads a configuration, and stops there."""
-
-    def _set_seed(self) -> None: ...
-
-    def before_instantiate_classes(self) -> None: ...
-
-    def instantiate_classes(self) -> None: ...
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
+from lit_distill.experiment.launch import ParsingCLI, plain
 
 
 def memory(words: Sequence[str], devices: Sequence[int]) -> int:
@@ -46,7 +34,7 @@ def memory(words: Sequence[str], devices: Sequence[int]) -> int:
     for count in devices:
         if count < 1:
             raise UsageError(f"--devices: {count} devices; give at least 1")
-    config = _plain(_Reader(["fit", *words]).config["fit"])
+    config = plain(ParsingCLI(["fit", *words]).config["fit"])
     method, arguments = import_class(config["model"]["class_path"]), config["model"].get("init_args") or {}
     precision = str(config["trainer"].get("precision"))
     states = optimizer_states(_optimizer(arguments.get("optimizer"), method))

@@ -21,7 +21,7 @@ from typing import Any
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.files import write_json
-from lit_distill.experiment.redact import without_secrets
+from lit_distill.experiment.secrets import without_secrets
 
 SCHEMA = 1
 PLAN_FILE = "recipe.json"

@@ -2,7 +2,8 @@
 
 What needs a key reads it from an environment variable (OPENAI_API_KEY, HF_TOKEN, WANDB_API_KEY), and the configuration
 says at most the variable's name. A key that stands in a configuration all the same is refused before anything is
-written: blanked, the configuration would no longer run as it is.
+written: blanked, the configuration would no longer run as it is. What is shown of runs, which may be made elsewhere, is
+blanked.
 """
 
 import os
@@ -12,17 +13,36 @@ from typing import Any
 
 from lit_distill.core.errors import UsageError
 
-# Whole names, or their ends: `tokenizer`, `max_tokens` and `eos_token` are no secrets.
-_NAME = re.compile(
+HIDDEN = "[hidden]"
+
+# Keys by their shape, and user and password of an address: refused in what is written, blanked in what is shown.
+_KEY = re.compile(
+    r"\b(?:sk-|hf_|ghp_|gho_|github_pat_|glpat-|xox[abp]-)[\w-]{12,}|\bAKIA[0-9A-Z]{16}\b|\bBearer\s+[\w.~+/=-]{8,}"
+)
+_PASSWORD = re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+(?=@)")
+# Refusing one name too many stops a run, so fewer count: whole names or their ends, and not any `..._token`.
+_REFUSED_NAME = re.compile(
     r"(?:^|[_-])(?:api_?key|access_?key|private_?key|secret_?key|secret|password|passwd|passphrase|credentials?)$"
     r"|^authorization$|^(?:(?:hf|hub|api|auth|use_auth|access|bearer|wandb|github|secret)[_-])?token$",
     re.IGNORECASE,
 )
-_SHAPE = re.compile(r"\b(?:sk-|hf_|ghp_|github_pat_|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}|\bBearer\s+\S{8,}")
-_ADDRESS = re.compile(r"^\w[\w+.-]*://[^/@\s]*:[^/@\s]+@")
+# Blanking one name too many only hides it. Tokens of a vocabulary and counts of them (`max_tokens`) are shown.
+_BLANKED_LINE = re.compile(
+    r"""^(?P<indent>\s*)(?P<dash>(?:-\s)*)(?P<key>['"]?(?!(?:pad|eos|bos|unk|mask|sep|cls)_token\b)
+    [\w.-]*?(?:(?:api|access|private|secret)_?keys?|secrets?|passwords?|passwd|passphrases?|credentials?|authorization|bearer
+    |(?<![a-z])token|(?:auth|access|api|refresh)_tokens)['"]?)\s*:(?:\s+(?P<value>\S.*))?$""",
+    re.I | re.X,
+)
 _VARIABLE = re.compile(r"^[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+$")
 _SECRET_VARIABLE = re.compile(r"(?:API_?KEY|ACCESS_?KEY|SECRET|TOKEN|PASSWORD)$")
 _SHORTEST = 8  # characters; a shorter value of a variable may be any word
+_HARMLESS = {None, "null", "''", '""', "false", "true"}
+# A thousand configurations are looked through in a moment if expressions are tried only where one of these stands.
+_KEY_WORDS = (
+    "api_key", "apikey", "access_key", "accesskey", "private_key", "privatekey", "secret", "passw", "passphrase",
+    "credential", "authorization", "bearer", "token",
+)  # fmt: skip
+_VALUE_WORDS = ("sk-", "hf_", "ghp_", "gho_", "github_pat_", "glpat-", "xox", "AKIA", "Bearer", "://")
 
 
 def refuse_secrets(config: Mapping[str, Any]) -> None:
@@ -46,9 +66,9 @@ def refuse_secrets(config: Mapping[str, Any]) -> None:
         variable = next((variable for variable, secret in known.items() if secret in value), None)
         if variable is not None:
             raise UsageError(f"{key} holds the value of {variable}, which {_WRITTEN}; leave it to the variable")
-        if _ADDRESS.match(value):
+        if _PASSWORD.search(value):
             raise UsageError(f"{key} holds an address with a password, which {_WRITTEN}; give the address without it")
-        if _NAME.search(name) or _SHAPE.search(value):
+        if _REFUSED_NAME.search(name) or _KEY.search(value):
             raise UsageError(
                 f"{key} holds a secret, which {_WRITTEN}; put it into an environment variable "
                 "(OPENAI_API_KEY, HF_TOKEN, WANDB_API_KEY), from which it is read, and leave the key out"
@@ -68,3 +88,39 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(entry, key)
     elif isinstance(value, str):
         yield key, value
+
+
+def without_secrets(text: str) -> str:
+    """Lines of YAML with the values of secret settings blanked, those on several lines too."""
+    lowered = text.lower()
+    if not any(word in lowered for word in _KEY_WORDS):
+        return without_secret_values(text)
+    kept: list[str] = []
+    inside = -1  # the indentation of a secret whose value stands on the following lines
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip(" "))
+        if inside >= 0 and (
+            not line.strip() or indent > inside or (indent == inside and line.lstrip().startswith("-"))
+        ):
+            continue
+        inside = -1
+        lowered = line.lower()
+        found = _BLANKED_LINE.match(line) if any(word in lowered for word in _KEY_WORDS) else None
+        if found is None:
+            kept.append(line)
+            continue
+        value = found["value"]
+        if value is not None and value.strip() in _HARMLESS:
+            kept.append(line)
+            continue
+        if value is None or value[0] in "|>'\"":  # on the next lines, or perhaps going on there
+            inside = indent + len(found["dash"])
+        kept.append(f"{found['indent']}{found['dash']}{found['key']}: {HIDDEN}")
+    return without_secret_values("\n".join(kept))
+
+
+def without_secret_values(text: str) -> str:
+    """Any text with the values blanked whose shape is that of a known kind of key."""
+    if not any(word in text for word in _VALUE_WORDS):
+        return text
+    return _PASSWORD.sub(HIDDEN, _KEY.sub(HIDDEN, text))

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lit_distill.experiment.compare import MOST_SENTENCES, Comparison, Difference, Group, Stat
+from lit_distill.experiment.comparison import Comparison
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.pareto import costs_of, pareto_front
+from lit_distill.experiment.stats import Difference, Stat
 from lit_distill.experiment.words import (
     MISSING,
     decimals,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 40  # more rows are no longer read in a terminal
 MOST_LINES = 20
+MOST_SENTENCES = 8  # more rows than this are read in the table
 
 
 def sentences(comparison: Comparison) -> list[str]:

@@ -5,9 +5,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from lit_distill.experiment.compare import Group
 from lit_distill.experiment.dashboard import Figure, Look
 from lit_distill.experiment.dashboard.panels import panel_figures
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.runs import Run
 
 _COLOUR = re.compile(r"^@([\w-]+)(?:/([\d.]+))?$")

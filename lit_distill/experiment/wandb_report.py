@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment.compare import Comparison
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.wandb_run import STEP
 from lit_distill.experiment.wandb_runs import NO_LIBRARY, mirror_folder, need_account, reaching, split_project
 

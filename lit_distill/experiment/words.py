@@ -1,8 +1,10 @@
 """Metrics and numbers in words: which are good when low, which read as percentages, how many digits they deserve."""
 
+import difflib
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 from lit_distill.experiment.stats import Difference, Stat
 
@@ -111,3 +113,8 @@ def heading(metric: str) -> str:
 def encodable(text: str) -> str:
     """The text without what UTF-8 cannot write: halves of pairs, as in the name of a folder in another encoding."""
     return text.encode("utf-8", "replace").decode()
+
+
+def nearest(word: str, known: Sequence[str]) -> list[str]:
+    """The known words that are most like a mistyped one; some known ones if none is."""
+    return difflib.get_close_matches(word, known, n=5, cutoff=0.4) or list(known[:8])

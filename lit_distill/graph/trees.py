@@ -134,14 +134,7 @@ def computation_trees(
         table_children.append(child + level[-2])
         places = ids + level[-1]
         level.append(level[-1] + len(first))
-    table = TreeTable(
-        np.concatenate(table_labels),
-        np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
-        np.concatenate(table_edges),
-        np.concatenate(table_children),
-        np.array(level),
-    )
-    return table, places
+    return _table(table_labels, counts, table_edges, table_children, level), places
 
 
 def computation_trees_by_graph(
@@ -225,14 +218,19 @@ def _merged(first: TreeTable, second: TreeTable) -> tuple[TreeTable, Int64[np.nd
         edges.append(edge_label)
         children.append(child + base)
         level.append(level[-1] + len(met))
-    joint = TreeTable(
-        np.concatenate(labels),
-        np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
-        np.concatenate(edges),
-        np.concatenate(children),
-        np.array(level),
-    )
-    return joint, moved[1]
+    return _table(labels, counts, edges, children, level), moved[1]
+
+
+def _table(
+    labels: list[np.ndarray],
+    counts: list[np.ndarray],
+    edges: list[np.ndarray],
+    children: list[np.ndarray],
+    level: list[int],
+) -> TreeTable:
+    """Puts a table together from what each depth gave; counts are those of each tree's children."""
+    start = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    return TreeTable(np.concatenate(labels), start, np.concatenate(edges), np.concatenate(children), np.array(level))
 
 
 def ranges(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " total"]:

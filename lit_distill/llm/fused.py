@@ -24,9 +24,9 @@ TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
 Terms = dict[str, tuple[TokenLoss, float]]
 """Token losses by name, with their weights."""
 
-# Measured on a CPU at vocabularies of 49,152 and 151,936: smaller slices add to the gradient of the head more often,
-# which costs time; larger ones cost memory and were not reliably faster.
-SLICE_BYTES = 31 * 2**20
+# Just above 32 MiB, from where on glibc gives each block back as soon as it is free: below, a pass takes twice the memory
+# for what lies between blocks. Larger slices cost memory and were not reliably faster on a CPU.
+SLICE_BYTES = 33 * 2**20
 
 
 def slices(tokens: int, vocabulary: int, chunk: int | None = None) -> Iterator[slice]:
@@ -35,7 +35,7 @@ def slices(tokens: int, vocabulary: int, chunk: int | None = None) -> Iterator[s
     Args:
         tokens: How many there are; may be 0.
         vocabulary: Logits of each.
-        chunk: Tokens in a slice. By default as many as make 31 MiB of logits in float32.
+        chunk: Tokens in a slice. By default as many as make 33 MiB of logits in float32.
 
     Yields:
         Slices of rows, in order.
@@ -162,12 +162,18 @@ class _WithGradients(torch.autograd.Function):
         grad_weight: Tensor | None,
     ) -> Tensor:
         """Keeps the gradients."""
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        # Not by save_for_backward: what holds on to them is why autograd would copy them into `.grad`.
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales them in place: a copy of the head's would be the largest tensor of all."""
-        grad_hidden, grad_weight = (None if x is None else x.mul_(upstream) for x in ctx.saved_tensors)
+        """Scales them in place and lets go of them: a copy of the head's would be the largest tensor of all."""
+        if ctx.gradients is None:
+            raise RuntimeError("score_tokens: gradients are used up by one backward pass; compute the loss again")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        for grad in (grad_hidden, grad_weight):
+            if grad is not None:
+                grad.mul_(upstream)
         return None, grad_hidden, grad_weight, None, None

@@ -86,6 +86,7 @@ class CausalLM(nn.Module):
         self.attention = attention
         self.network: Any = None
         self._kept_tokens = vocabulary
+        self._whole_size = 0
         self._peft: tuple[Any, ...] = ()
         self._adapters: frozenset[str] = frozenset()
         self.register_buffer("vocabulary", None)
@@ -142,8 +143,7 @@ class CausalLM(nn.Module):
             UsageError: A token is not in the vocabulary or is named twice, or the network is restricted already.
         """
         model = self.materialize()._model
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        ids = ids.to(head.weight.device)
+        ids = ids.to(model.get_output_embeddings().weight.device)
         if self.vocabulary is not None:
             if torch.equal(self.vocabulary, ids):
                 return
@@ -155,17 +155,9 @@ class CausalLM(nn.Module):
             raise UsageError(
                 f"vocabulary: {type(model).__name__} has embeddings in every layer, which are not cut; leave it out"
             )
-        tied = head.weight is embeddings.weight
-        for part in (embeddings,) if tied else (embeddings, head):
-            part.weight = nn.Parameter(part.weight[ids].clone(), requires_grad=part.weight.requires_grad)
-        if tied:
-            head.weight = embeddings.weight
-        head.out_features = embeddings.num_embeddings = len(ids)
+        self._whole_size = size
         renumber = {old: new for new, old in enumerate(ids.tolist())}
-        self.text_config.vocab_size = len(ids)
-        for holder in (self.text_config, model.config, model.generation_config):
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(holder, key, _renumbered(getattr(holder, key, None), renumber))
+        _change_vocabulary(model, lambda weight: weight[ids].clone(), renumber)
         self.vocabulary = ids.clone()
 
     @property
@@ -329,6 +321,12 @@ class CausalLM(nn.Module):
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """Writes the folder that `AutoModelForCausalLM.from_pretrained` loads.
 
+        A restricted network is written with the tokenizer's numbers. The rows of other tokens are 0 in embeddings and
+        head, and `suppress_tokens` of the generation settings names them: `generate` and pipelines never write them,
+        so what they write is what the restricted network would. In a prompt they are read as embeddings of 0. Logits
+        of the tokens kept are the same; a softmax is over all tokens, each other one with a logit of 0, so likelihoods
+        want one over `logits[..., ids]`, where `ids` are those that are not suppressed.
+
         Args:
             folder: Where to.
             tokenizer: Written beside it, if given.
@@ -338,6 +336,8 @@ class CausalLM(nn.Module):
         model = self._model
         if self._peft:
             model = copy.deepcopy(self._peft[0]).merge_and_unload() if merge else self._peft[0]
+        if self.vocabulary is not None and (merge or not self._peft):
+            model = _with_all_tokens(model, self.vocabulary, self._whole_size)
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -551,6 +551,35 @@ def _evenly(count: int, depth: int) -> list[int]:
     if not 2 <= count <= depth:
         raise UsageError(f"layers is {count}; give 2 to {depth}, or a list of layers")
     return [round(index * (depth - 1) / (count - 1)) for index in range(count)]
+
+
+@torch.no_grad()
+def _with_all_tokens(model: Any, ids: Int[Tensor, " v"], size: int) -> Any:
+    """Returns a copy of a restricted network that has rows of 0 for what was cut off, and never writes it."""
+
+    def widened(weight: Tensor) -> Tensor:
+        return weight.new_zeros(size, weight.shape[1]).index_copy(0, ids, weight)
+
+    model = copy.deepcopy(model)
+    _change_vocabulary(model, widened, dict(enumerate(ids.tolist())))
+    model.generation_config.suppress_tokens = sorted(set(range(size)) - set(ids.tolist())) or None
+    return model
+
+
+def _change_vocabulary(model: Any, change: Callable[[Tensor], Tensor], renumber: dict[int, int]) -> None:
+    """Changes the rows of embeddings and head, which stay tied, and what the configuration says of tokens."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embeddings.weight
+    for part in (embeddings,) if tied else (embeddings, head):
+        part.weight = nn.Parameter(change(part.weight), requires_grad=part.weight.requires_grad)
+    if tied:
+        head.weight = embeddings.weight
+    head.out_features = embeddings.num_embeddings = len(head.weight)
+    text = model.config.get_text_config()
+    text.vocab_size = len(head.weight)
+    for holder in (text, model.config, model.generation_config):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(holder, key, _renumbered(getattr(holder, key, None), renumber))
 
 
 def _renumbered(tokens: int | list[int] | None, numbers: dict[int, int]) -> int | list[int] | None:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_distill.losses.maps import on_smaller_grid
 from lit_distill.losses.reduction import Reduction, reduce
 
 
@@ -77,11 +78,6 @@ def attention_transfer(
 
     Reference: Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, arXiv 1612.03928.
     """
-    teacher_feature = teacher_feature.detach()
-    if student_feature.shape[-2:] != teacher_feature.shape[-2:]:
-        (h_s, w_s), (h_t, w_t) = student_feature.shape[-2:], teacher_feature.shape[-2:]
-        grid = (min(h_s, h_t), min(w_s, w_t))
-        student_feature = F.adaptive_avg_pool2d(student_feature.float(), grid)
-        teacher_feature = F.adaptive_avg_pool2d(teacher_feature.float(), grid)
-    difference = attention_map(student_feature, power=power) - attention_map(teacher_feature, power=power)
+    student, teacher = on_smaller_grid(student_feature.float(), teacher_feature.detach().float())
+    difference = attention_map(student, power=power) - attention_map(teacher, power=power)
     return reduce(difference.square().mean(1), reduction)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_distill.losses.maps import on_smaller_grid
 from lit_distill.losses.precision import in_float32
 from lit_distill.losses.reduction import Reduction, reduce
 
@@ -217,13 +218,8 @@ def neuron_selectivity(
     Reference: Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017,
     arXiv 1707.01219.
     """
-    teacher_feature = teacher_feature.detach()
-    if student_feature.shape[-2:] != teacher_feature.shape[-2:]:
-        (h_s, w_s), (h_t, w_t) = student_feature.shape[-2:], teacher_feature.shape[-2:]
-        grid = (min(h_s, h_t), min(w_s, w_t))
-        student_feature = F.adaptive_avg_pool2d(student_feature, grid)
-        teacher_feature = F.adaptive_avg_pool2d(teacher_feature, grid)
-    student, teacher = (F.normalize(feature.flatten(2), dim=2) for feature in (student_feature, teacher_feature))
+    maps = on_smaller_grid(student_feature, teacher_feature.detach())
+    student, teacher = (F.normalize(feature.flatten(2), dim=2) for feature in maps)
     (c_s, positions), c_t = student.shape[1:], teacher.shape[1]
     if positions * (c_s + c_t) < c_s**2 + c_t**2 + c_s * c_t:
         difference = student.mT @ student / c_s - teacher.mT @ teacher / c_t

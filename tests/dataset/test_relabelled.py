@@ -226,7 +226,7 @@ def test_processes_share_the_batch_that_one_would_see(data):
 def test_evaluation_data_and_the_ordered_training_set_are_the_sources_own(data):
     module = data()
     assert next(iter(module.ordered_loader())).targets is None
-    assert module.val_dataloader().__len__() > 0
+    assert same(list(module.val_dataloader()), list(module.source.val_dataloader()))
     assert same(list(module.test_dataloader()), list(module.source.test_dataloader()))
 
 

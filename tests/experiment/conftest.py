@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from samples import CONFIG, HOSTILE, RELIABILITY, history
 
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.dashboard import write_dashboard
 from lit_distill.experiment.runs import find_runs
 
@@ -70,12 +70,22 @@ def write_run(tmp_path):
 
 
 @pytest.fixture
-def page(write_run, tmp_path):
+def compared(tmp_path):
+    """Compares all runs written so far."""
+
+    def run(**options):
+        return compare_runs(find_runs([tmp_path / "runs"]), **options)
+
+    return run
+
+
+@pytest.fixture
+def page(compared, tmp_path):
     """Writes the page of all runs written so far and returns its path."""
 
     def write(**options):
         path = tmp_path / "page.html"
-        write_dashboard(compare_runs(find_runs([tmp_path / "runs"]), **options), path)
+        write_dashboard(compared(**options), path)
         return path
 
     return write

@@ -4,15 +4,8 @@ import json
 import shutil
 
 import pytest
+from samples import PICTURE, SVG
 
-PICTURE = {
-    "file": "trees.svg",
-    "title": "2 trees",
-    "summary": "a: C(O)",
-    "head": ["class", "tree"],
-    "rows": [["a", "C"]],
-}
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="96" height="40"><script>alert(1)</script></svg>'
 SIZES = [(1280, 900), (390, 844)]
 
 

@@ -10,21 +10,13 @@ from samples import CONFIG
 from scipy import stats
 
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment.compare import Stat, compare, compare_runs, paired_difference, stat
-from lit_distill.experiment.runs import find_runs
+from lit_distill.experiment.compare import compare
+from lit_distill.experiment.stats import Stat, paired_difference, stat
 from lit_distill.experiment.tables import columns, sentences
 from lit_distill.experiment.words import MISSING, show, show_count, show_difference
 
 BASE = (0.90, 0.91, 0.89, 0.92, 0.90)
 KD = (0.92, 0.93, 0.92, 0.93, 0.92)  # differences 2, 2, 3, 1, 2 points
-
-
-@pytest.fixture
-def compared(tmp_path):
-    def run(**options):
-        return compare_runs(find_runs([tmp_path / "runs"]), **options)
-
-    return run
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import shutil
 import pytest
 from samples import RELIABILITY, history
 
-from lit_distill.experiment.compare import compare, compare_runs
+from lit_distill.experiment.compare import compare
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.runs import find_runs, read_run
 
 FILES = ("config.yaml", "metrics.csv", "summary.json", "trees.svg")

@@ -8,9 +8,8 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from samples import HOSTILE, RELIABILITY
+from samples import HOSTILE, PICTURE, RELIABILITY, SVG
 
-from lit_distill.experiment.compare import compare_runs
 from lit_distill.experiment.dashboard import Figure, Look, render
 from lit_distill.experiment.dashboard.cost import MOST_LABELLED
 from lit_distill.experiment.dashboard.curves import CURVE_POINTS, mean_curve
@@ -22,8 +21,8 @@ from lit_distill.experiment.dashboard.panels import (
     reliability_panel,
     robustness_panel,
 )
-from lit_distill.experiment.redact import without_secrets
 from lit_distill.experiment.runs import find_runs
+from lit_distill.experiment.secrets import without_secrets
 
 LOOK = Look("c1", "circle", "solid")
 ROBUSTNESS = {"epsilon": [0.0, 0.1, 0.2], "fgsm": [0.9, 0.7, 0.6], "rescaled": [0.9, 0.5, 0.1]}
@@ -99,11 +98,11 @@ def test_the_front_is_drawn_and_rows_off_it_stand_back(write_run, page):
     assert sizes["small"] == sizes["large"] > sizes["middle"]
 
 
-def test_a_caller_may_add_figures(write_run, page, tmp_path):
+def test_a_caller_may_add_figures(write_run, page, compared, tmp_path):
     write_run("kd", 0)
     spec = {"data": [{"type": "parcoords"}], "layout": {}}
     extra = Figure("parallel", "Parameters", "One line for each trial.", "3 trials", {"": spec}, ("trial",), [("1",)])
-    text = render(compare_runs(find_runs([tmp_path / "runs"])), tmp_path, [extra])
+    text = render(compared(), tmp_path, [extra])
     assert specs_of(text)["parallel"][""] == spec
     assert "One line for each trial." in visible(text)
 
@@ -286,9 +285,9 @@ def test_an_empty_bin_is_not_drawn_as_zero_accuracy():
     "panel",
     [[], {}, "text", {"confidence": [0.1], "accuracy": [1, 2], "count": [1]}, RELIABILITY | {"count": [0, 0]}],
 )
-def test_a_malformed_panel_is_a_note(write_run, tmp_path, panel):
+def test_a_malformed_panel_is_a_note(write_run, compared, panel):
     write_run(panels={"reliability": panel})
-    groups = compare_runs(find_runs([tmp_path / "runs"])).groups
+    groups = compared().groups
     figures, notes = panel_figures(groups, {"kd": LOOK})
     assert figures == []
     assert "malformed" in notes[0]
@@ -312,9 +311,9 @@ def test_confusion_is_pooled_over_seeds_in_percent_of_each_label():
     "panel",
     [{}, CONFUSION | {"classes": ["cat"]}, CONFUSION | {"counts": [[0, 0], [0, 0]]}, CONFUSION | {"counts": "x"}],
 )
-def test_a_malformed_confusion_is_a_note(write_run, tmp_path, panel):
+def test_a_malformed_confusion_is_a_note(write_run, compared, panel):
     write_run(panels={"confusion": panel})
-    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    figures, notes = panel_figures(compared().groups, {"kd": LOOK})
     assert figures == []
     assert "malformed" in notes[0]
 
@@ -343,22 +342,12 @@ def test_robustness_is_the_mean_over_seeds_with_two_standard_errors():
         ROBUSTNESS | {"epsilon": ["a", "b", "c"]},
     ],
 )
-def test_a_malformed_robustness_panel_is_a_note(write_run, tmp_path, panel):
+def test_a_malformed_robustness_panel_is_a_note(write_run, compared, panel):
     write_run(seed=0, panels={"robustness": ROBUSTNESS})
     write_run(seed=1, panels={"robustness": panel})
-    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    figures, notes = panel_figures(compared().groups, {"kd": LOOK})
     assert figures == []
     assert "panel 'robustness' is left out, its data are malformed" in notes[0]
-
-
-PICTURE = {
-    "file": "trees.svg",
-    "title": "2 trees",
-    "summary": "a: C(O)",
-    "head": ["class", "tree"],
-    "rows": [["a", "C"]],
-}
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="96" height="40"><script>alert(1)</script></svg>'
 
 
 def test_continuations_stand_open_and_escaped(write_run, page):
@@ -403,12 +392,12 @@ def test_a_grid_of_images_is_shown_from_a_folder_of_the_run(write_run, page):
         ("text", SVG),
     ],
 )
-def test_a_picture_that_cannot_be_shown_is_a_note(write_run, tmp_path, panel, content):
+def test_a_picture_that_cannot_be_shown_is_a_note(write_run, compared, panel, content):
     folder = write_run(panels={"picture": panel})
     if content is not None:
         for place in (folder, folder.parent):
             (place / "trees.svg").write_text(content)
-    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    figures, notes = panel_figures(compared().groups, {"kd": LOOK})
     assert figures == []
     assert "panel 'picture' is left out" in notes[0]
 
@@ -422,18 +411,18 @@ def test_each_kind_of_panel_has_its_own_section(write_run, page):
     assert {"panel-0", "panel-1"} <= specs_of(text).keys()
 
 
-def test_an_unknown_panel_is_a_note(write_run, tmp_path):
+def test_an_unknown_panel_is_a_note(write_run, compared):
     write_run(panels={"tree": {}, "reliability": RELIABILITY})
-    figures, notes = panel_figures(compare_runs(find_runs([tmp_path / "runs"])).groups, {"kd": LOOK})
+    figures, notes = panel_figures(compared().groups, {"kd": LOOK})
     assert len(figures) == 1
     assert notes == ["panel 'tree' is left out: this version cannot draw it"]
 
 
-def test_many_rows_are_thinned_to_the_best_and_the_baseline(write_run, tmp_path):
+def test_many_rows_are_thinned_to_the_best_and_the_baseline(write_run, compared):
     write_run("baseline", 0, {"test/acc": 0.1})
     for i in range(MOST_DRAWN + 5):
         write_run(f"m{i}", 0, {"test/acc": 0.5 + 0.01 * i})
-    labels = [group.label for group in drawn_groups(compare_runs(find_runs([tmp_path / "runs"])))]
+    labels = [group.label for group in drawn_groups(compared())]
     assert len(labels) == MOST_DRAWN
     assert "baseline" in labels
     assert f"m{MOST_DRAWN + 4}" in labels

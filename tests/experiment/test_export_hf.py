@@ -1,7 +1,5 @@
 """`export --format hf`: a folder that the transformers library loads by itself."""
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -101,16 +99,44 @@ def test_students_that_are_not_as_their_base_speak_too(tmp_path, tokenizer, writ
     assert answer["generated_text"].split() == speak.tokenizer.convert_ids_to_tokens(expected[0].tolist())
 
 
-def test_a_part_of_the_vocabulary_goes_without_tokenizer(tmp_path, tokenizer, write, capsys):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}], ids=["weights", "adapters"])
+def test_a_student_of_a_part_of_the_vocabulary_speaks_the_tokenizers_numbers(
+    tmp_path, tokenizer, write, capsys, tied, lora
+):
+    from transformers import AutoModelForCausalLM, pipeline
 
-    network = CausalLM(config=CONFIG, vocabulary=[4, 2, 9]).materialize().eval()
-    export(write(network, {"config": CONFIG}, data={"tokenizer": tokenizer}), str(tmp_path / "out"), "hf")
-    assert "vocabulary.json" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "vocabulary.json").read_text()) == [4, 2, 9]
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    kept, prompt = torch.tensor([0, 2, 3, 5, 8, 9, 13]), torch.tensor([[2, 3, 4]])  # c e h
+    config = CONFIG | {"tie_word_embeddings": tied, "eos_token_id": 0}
+    arguments = {"config": config}
+    if lora:
+        CausalLM(config=config).materialize().save_pretrained(tokenizer)
+        arguments = {"name": tokenizer, "lora": lora | {"init_lora_weights": False}}
+    network = CausalLM(**arguments, vocabulary=kept.tolist()).materialize().eval()
+    rows = network.network.get_input_embeddings().weight
+    run = write(network, arguments, data={"tokenizer": tokenizer})
+    export(run, str(tmp_path / "out"), "hf")
+    assert "the student knows 7 tokens" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(loaded(TOKENS % 3).logits, network.network(TOKENS % 3).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert (loaded.config.vocab_size, loaded.config.eos_token_id) == (24, 0)
+    logits = loaded(kept[prompt]).logits
+    torch.testing.assert_close(logits[..., kept], network.network(prompt).logits, atol=1e-6, rtol=1e-6)
+    others = [token for token in range(24) if token not in kept]
+    assert not logits[..., others].any()
+    # Other tokens in a prompt are an embedding of 0.
+    embedded = torch.stack([rows[2], torch.zeros_like(rows[2]), rows[4]])[None]
+    expected = network.network(inputs_embeds=embedded).logits
+    torch.testing.assert_close(loaded(torch.tensor([[3, 20, 8]])).logits[..., kept], expected, atol=1e-6, rtol=1e-6)
+
+    speak = pipeline("text-generation", str(tmp_path / "out"))
+    (answer,) = speak("c e h", max_new_tokens=9, do_sample=False, return_full_text=False)
+    answered, _ = network.generate(prompt.tolist(), max_new_tokens=9, greedy=True)
+    words = speak.tokenizer.convert_ids_to_tokens(kept[answered[0]].tolist())
+    assert answer["generated_text"].split() == [word for word in words if word != "<end>"]
+    answers = speak(["c w h"] * 20, max_new_tokens=9, do_sample=True, temperature=5.0, return_full_text=False)
+    written = {word for (one,) in answers for word in one["generated_text"].split()}
+    assert written <= set(speak.tokenizer.convert_ids_to_tokens(kept.tolist()))
 
 
 def test_what_is_missing_is_said(tmp_path, write, capsys):

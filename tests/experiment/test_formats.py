@@ -7,19 +7,9 @@ import re
 import pytest
 from samples import HOSTILE
 
-from lit_distill.experiment.compare import compare_runs
 from lit_distill.experiment.formats import csv_text, latex, markdown
-from lit_distill.experiment.runs import find_runs
 
 ODD = r"50% of $x_1$ & #2 {a} ~b^c \end{table}"
-
-
-@pytest.fixture
-def compared(tmp_path):
-    def run(**options):
-        return compare_runs(find_runs([tmp_path / "runs"]), **options)
-
-    return run
 
 
 def test_latex_escapes_and_marks_the_best(write_run, compared):

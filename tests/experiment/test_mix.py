@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment.compare import compare, compare_runs
-from lit_distill.experiment.runs import find_runs, write_plan
+from lit_distill.experiment.compare import compare
+from lit_distill.experiment.runs import write_plan
 from lit_distill.experiment.tables import columns, sentences
 
 IMAGE = {"experiment": "a", "method": "lit_distill.image.KD", "domain": "image"}
@@ -17,14 +17,6 @@ NOISE = {
     "data": "lit_distill.diffusion.GeneratorImages",
     "metric": "test/fd",
 }
-
-
-@pytest.fixture
-def compared(tmp_path):
-    def run(**options):
-        return compare_runs(find_runs([tmp_path / "runs"]), **options)
-
-    return run
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import random
 
 import pytest
 
-from lit_distill.experiment.compare import compare_runs
 from lit_distill.experiment.pareto import front
-from lit_distill.experiment.runs import find_runs
 from lit_distill.experiment.tables import columns, fronts
 
 
@@ -31,18 +29,18 @@ def test_equal_points_are_both_on_the_front():
     assert front([]) == []
 
 
-def test_small_is_good_or_bad_by_the_metric_and_rates_are_inverted(write_run, tmp_path):
+def test_small_is_good_or_bad_by_the_metric_and_rates_are_inverted(write_run, compared):
     for name, kl, speed in (("slow", 1.0, 10.0), ("fast", 2.0, 100.0), ("poor", 3.0, 50.0)):
         efficiency = {"inference_samples_per_second": speed}
         write_run(name, 0, {"test/kl": kl}, efficiency=efficiency, seconds=1.0)
-    comparison = compare_runs(find_runs([tmp_path / "runs"]), "test/kl")
+    comparison = compared(metric="test/kl")
     assert fronts(comparison) == {"slow": ["latency"], "fast": ["latency"], "poor": []}
 
 
-def test_costs_in_which_no_rows_differ_are_left_out(write_run, tmp_path):
+def test_costs_in_which_no_rows_differ_are_left_out(write_run, compared):
     for name, accuracy, steps in (("one", 0.5, 1.0), ("four", 0.7, 4.0)):
         write_run(name, 0, {"test/acc": accuracy, "test/nfe": steps})
-    comparison = compare_runs(find_runs([tmp_path / "runs"]))
+    comparison = compared()
     assert fronts(comparison) == {"one": ["steps"], "four": ["steps"]}
     column = next(column for column in columns(comparison) if column.heading == "Pareto front")
     assert column.cells == ("steps", "steps")

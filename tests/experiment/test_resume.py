@@ -10,7 +10,7 @@ from killing import KILLED, DropoutNet, after, before, halfway, result, run
 
 from lit_distill.core.checkpoint_io import AtomicCheckpointIO
 from lit_distill.core.distiller import Distiller
-from lit_distill.experiment import launch
+from lit_distill.experiment import launch, run_folder
 from lit_distill.image.distillation import ImageDistiller
 
 BATCHES = 10  # of an epoch
@@ -174,7 +174,7 @@ def test_a_run_that_stopped_early_stays_stopped(folder, command):
 
 @pytest.mark.parametrize(
     "kill",
-    [after(launch, "_clear"), before(launch, "write_text"), after(launch.shutil, "rmtree", 1)],
+    [after(run_folder, "clear"), before(run_folder, "write_text"), after(run_folder.shutil, "rmtree", 1)],
     ids=["cleared", "before the new config", "half cleared"],
 )
 def test_a_run_that_replaces_another_never_takes_up_its_checkpoint(kill, folder, command, uninterrupted, request):

@@ -8,7 +8,7 @@ import yaml
 import lit_distill
 from lit_distill.cli import main
 from lit_distill.core.errors import UsageError
-from lit_distill.experiment.secrets import refuse_secrets
+from lit_distill.experiment.secrets import refuse_secrets, without_secrets
 
 CONFIGS = sorted((Path(lit_distill.__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
 PLANTED = "planted-0123456789"
@@ -36,32 +36,47 @@ data:
   init_args: {batch_size: 50, train_size: 100}
 """
 
+SECRETS = [
+    ("api_key", PLANTED),
+    ("apikey", PLANTED),
+    ("openai_api_key", PLANTED),
+    ("AWS_SECRET_ACCESS_KEY", PLANTED),
+    ("token", PLANTED),
+    ("hf_token", PLANTED),
+    ("use_auth_token", PLANTED),
+    ("password", "x"),
+    ("db_password", PLANTED),
+    ("client_secret", PLANTED),
+    ("secret_key", PLANTED),
+    ("passphrase", PLANTED),
+    ("Authorization", PLANTED),
+    ("anything", "sk-abcdefghijklmnop"),
+    ("anything", "see hf_abcdefghijklmnop"),
+    ("anything", "glpat-abcdefghijklmnop"),
+    ("anything", "AKIAABCDEFGHIJKLMNOP"),
+    ("anything", "Bearer abcdefghijkl"),
+    ("url", "https://me:word@host.example/v1"),
+    ("url", "see https://:word@host.example/v1"),
+]
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("api_key", PLANTED),
-        ("apikey", PLANTED),
-        ("openai_api_key", PLANTED),
-        ("AWS_SECRET_ACCESS_KEY", PLANTED),
-        ("token", PLANTED),
-        ("hf_token", PLANTED),
-        ("use_auth_token", PLANTED),
-        ("password", "x"),
-        ("db_password", PLANTED),
-        ("client_secret", PLANTED),
-        ("Authorization", PLANTED),
-        ("anything", "sk-abcdefghijklmnop"),
-        ("anything", "see hf_abcdefghijklmnop"),
-        ("anything", "Bearer abcdefghijkl"),
-        ("url", "https://me:word@host.example/v1"),
-    ],
-)
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
 def test_a_secret_is_refused_by_name_or_shape_and_not_shown(key, value):
     config = {"model": {"init_args": {"sources": [{"init_args": {key: value}}]}}}
     with pytest.raises(UsageError, match=f"^model.init_args.sources.init_args.{key} holds") as caught:
         refuse_secrets(config)
     assert len(value) < 8 or value not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
+def test_what_is_refused_is_blanked_where_it_is_shown(key, value):
+    shown = without_secrets(f"before: 1\n{key}: {value}\nafter: 2\n")
+    secret = value.rpartition(" ")[2].removeprefix("https://").partition("@")[0]  # of an address, user and password
+    assert f": {secret}\n" not in shown
+    assert f"{secret}@" not in shown
+    assert shown.count("[hidden]") == 1
+    assert shown.startswith(f"before: 1\n{key}: ")
+    assert shown.endswith("\nafter: 2\n")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from lit_distill.cli import main
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.runs import find_runs
 from lit_distill.experiment.sweep.figures import (
     MOST_LINES,

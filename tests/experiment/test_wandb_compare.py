@@ -14,7 +14,7 @@ import wandb
 from lit_distill.cli import main
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.experiment import wandb_runs
-from lit_distill.experiment.compare import compare_runs
+from lit_distill.experiment.comparison import compare_runs
 from lit_distill.experiment.formats import markdown as markdown_table
 from lit_distill.experiment.runs import find_runs
 from lit_distill.experiment.wandb_runs import fetch, mirror_folder

@@ -359,11 +359,11 @@ def test_pictures_texts_and_charts_become_media(tmp_path):
 
 
 def test_a_replaced_run_gets_another_id(tmp_path):
-    from lit_distill.experiment.launch import _clear
+    from lit_distill.experiment.run_folder import clear
 
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb_id.txt").write_text("old\n")
-    _clear(tmp_path)
+    clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,42 +1,17 @@
 import pytest
 import torch
+from given_nodes import Given, adam, sage, source, with_other_hidden_nodes
 from torch.distributions import Categorical, kl_divergence
-from torch_geometric.nn.models import MLP, GraphSAGE
+from torch_geometric.nn.models import MLP
 
 from lit_distill.core.errors import UsageError
 from lit_distill.graph.methods.glnn import GLNN
-from lit_distill.graph.nodes import NodeClassifier, NodeDataModule, NodeGraph, NodeSource, node_logits
-
-
-def source(count=60):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 2
-    features = torch.randn(count, 5, generator=generator) + labels[:, None]
-    edges = torch.randint(count, (2, 2 * count), generator=generator)
-    return NodeSource(("a", "b"), NodeGraph(features, torch.cat([edges, edges.flip(0)], dim=1)), labels)
-
-
-class Given(NodeDataModule):
-    def __init__(self, given, **kwargs):
-        super().__init__(labels_per_class=5, val_per_class=5, **kwargs)
-        self.given = given
-
-    def read(self):
-        return self.given
+from lit_distill.graph.nodes import NodeClassifier, node_logits
 
 
 def mlp(seed=0, **kwargs):
     torch.manual_seed(seed)
     return MLP([5, 8, 2], **{"norm": None, **kwargs})
-
-
-def sage(seed=1, **kwargs):
-    torch.manual_seed(seed)
-    return GraphSAGE(5, 8, 2, kwargs.pop("classes", 2), **kwargs)
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.01)
 
 
 def weights(module):
@@ -133,14 +108,7 @@ def test_each_step_draws_no_more_labels_than_its_batch_has_nodes(trainer):
 
 def test_hidden_nodes_reach_neither_targets_nor_student(trainer):
     ends, targets = [], []
-    for change in (False, True):
-        given = source()
-        if change:
-            test = Given(given).part("test")
-            hidden = test.index[test.unseen]
-            given.graph.features[hidden] = 100.0
-            touched = torch.isin(given.graph.edge_index, hidden).any(0)
-            given.graph.edge_index[:, touched] = given.graph.edge_index[:, touched].flip(1)
+    for given in (source(), with_other_hidden_nodes()):
         module = GLNN(mlp(norm="batch_norm"), sage(norm="instance_norm"), label_weight=0.5, optimizer=adam)
         trainer(max_epochs=3).fit(module, datamodule=Given(given, batch_size=16))
         ends.append(weights(module))

@@ -256,9 +256,17 @@ def test_the_set_alone_trains_another_network(random_set, trainer, tmp_path):
     loaded.setup()
     for name, value in vars(data.part("train")).items():
         assert value is None or torch.equal(getattr(loaded.part("train"), name), value)
-    module = GraphClassifier(GraphNetwork(GAT(8, 8, 2), [2], 2))
-    trainer().fit(module, datamodule=loaded)
-    assert torch.isfinite(module.terms["ce"])
+
+    def trained(data):
+        torch.manual_seed(0)
+        network = GraphNetwork(GAT(8, 8, 2), [2], 2)
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        trainer().fit(GraphClassifier(network), datamodule=data)
+        return before, list(network.parameters())
+
+    (before, alone), (_, made) = trained(loaded), trained(data)
+    assert all(torch.equal(a, b) for a, b in zip(alone, made, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(alone, before, strict=True))
     other = Given(random_set(count=20, nodes=6, labels=3, density=0.3))
     with pytest.raises(UsageError, match=r"node_values \[2\], data\.source has \[3\]"):
         DistilledGraphs(tmp_path / "d", other).setup()

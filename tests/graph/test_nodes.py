@@ -4,52 +4,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from given_nodes import Given, adam, sage, source, with_other_hidden_nodes
 from scipy.sparse import csr_matrix
 from sklearn.datasets import load_digits
-from torch_geometric.nn.models import GCN, MLP, GraphSAGE
+from torch_geometric.nn.models import GCN, MLP
 
 from lit_distill.core.errors import RunError, UsageError
 from lit_distill.graph.nodes import (
     DigitsNodesDataModule,
     NodeClassifier,
-    NodeDataModule,
     NodeGraph,
     NodeSource,
     PlanetoidDataModule,
     node_logits,
     reads_edges,
 )
-
-
-def source(count=60, seed=0, width=5, split=None):
-    """Nodes of two classes that differ in their mean, on a ring with random chords."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    features = torch.randn(count, width, generator=generator) + labels[:, None]
-    ring = torch.stack([torch.arange(count), (torch.arange(count) + 1) % count])
-    edges = torch.cat([ring, torch.randint(count, (2, count), generator=generator)], dim=1)
-    return NodeSource(("a", "b"), NodeGraph(features, torch.cat([edges, edges.flip(0)], dim=1)), labels, split)
-
-
-class Given(NodeDataModule):
-    """A module over a graph that a test has made."""
-
-    def __init__(self, given, **kwargs):
-        super().__init__(**{"labels_per_class": 5, "val_per_class": 5, **kwargs})
-        self.given = given
-
-    def read(self):
-        return self.given
-
-
-def sage(seed=0, width=5, classes=2, **kwargs):
-    torch.manual_seed(seed)
-    return GraphSAGE(width, 8, 2, classes, **kwargs)
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.01)
-
 
 # ---- splits --------------------------------------------------------------------------------------------------------
 
@@ -172,14 +141,7 @@ def test_the_loss_is_the_cross_entropy_of_the_labelled_nodes_within_their_graph(
 
 def test_hidden_nodes_change_nothing_in_training(trainer):
     weights = []
-    for change in (False, True):
-        given = source()
-        if change:
-            hidden = Given(given).part("test")
-            hidden = hidden.index[hidden.unseen]
-            given.graph.features[hidden] = 100.0
-            touched = torch.isin(given.graph.edge_index, hidden).any(0)
-            given.graph.edge_index[:, touched] = given.graph.edge_index[:, touched].flip(1)
+    for given in (source(), with_other_hidden_nodes()):
         # Batch normalization is over all nodes of the graph, so nodes without edges would still be felt.
         module = NodeClassifier(sage(norm="batch_norm"), optimizer=adam)
         trainer(max_epochs=3).fit(module, datamodule=Given(given))

@@ -15,17 +15,10 @@ from lit_distill.graph.data import DistilledGraphs
 from lit_distill.graph.data.molecules import BONDS, ELEMENTS, molecule_graphs
 from lit_distill.graph.methods.mirage import Mirage
 from lit_distill.graph.models import GraphNetwork
-from lit_distill.graph.pictures import (
-    FILE,
-    PALETTE,
-    coordinates,
-    draw_trees,
-    save_picture,
-    top_trees,
-    tree_rows,
-    tree_supports,
-    trees_of_nodes,
-)
+from lit_distill.graph.pictures import FILE, draw_trees, save_picture, tree_rows
+from lit_distill.graph.pictures.examples import coordinates
+from lit_distill.graph.pictures.supports import top_trees, tree_supports, trees_of_nodes
+from lit_distill.graph.pictures.words import PALETTE
 
 SVG = "{http://www.w3.org/2000/svg}"
 

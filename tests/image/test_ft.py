@@ -4,6 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lit_distill.core.callbacks import TeacherCheck
 from lit_distill.core.errors import UsageError
@@ -99,12 +100,13 @@ def test_factors_have_half_the_teachers_channels():
     kinds = [type(layer).__name__ for layer in loss.translator]
     assert kinds == ["Conv2d", "BatchNorm2d", "LeakyReLU"] * 3
     # Grids may differ: factors are pooled.
-    outputs = (
-        Outputs(torch.zeros(2, 3), {name: torch.randn(2, *shape)})
-        for name, shape in (("s", (4, 8, 8)), ("t", (10, 4, 4)))
-    )
+    own, others = torch.randn(2, 4, 8, 8), torch.randn(2, 10, 4, 4)
+    outputs = Outputs(torch.zeros(2, 3), {"s": own}), Outputs(torch.zeros(2, 3), {"t": others})
     batch = ImageBatch(torch.zeros(2, 2, 8, 8), torch.zeros(2, dtype=torch.long), torch.arange(2))
-    assert loss(*outputs, batch, 10**6) > 0
+    value = loss(*outputs, batch, 10**6)
+    translated, factor = F.avg_pool2d(loss.translator(own), 2), loss.paraphraser[0](others)
+    rows = (F.normalize(part.double().flatten(1)) for part in (translated, factor))
+    assert float(value) == pytest.approx(float(torch.sub(*rows).abs().mean()), rel=1e-4)
 
 
 def test_checkpoint_brings_paraphraser_and_phase_back(trainer, blobs, tiny, tmp_path):

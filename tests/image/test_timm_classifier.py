@@ -89,7 +89,7 @@ def test_resizing_is_bilinear_and_comes_first():
 def test_all_parameters_get_gradients():
     network = vit()
     network(torch.randn(4, 1, 8, 8)).square().sum().backward()
-    assert all(p.grad is not None for p in network.parameters())
+    assert all(p.grad.abs().amax() > 0 for p in network.parameters())
 
 
 @pytest.mark.parametrize(

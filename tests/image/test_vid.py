@@ -24,9 +24,8 @@ def test_variances_start_at_five_and_move(trainer, blobs, tiny):
         assert (module.losses["vid"].variance(stage) < 4.9).all()
 
 
-def test_the_term_is_the_sum_over_stages_of_gaussian_likelihoods(step, tiny, blobs):
-    teacher, images = tiny(6, seed=5).eval(), blobs.images[:8]
-    module = VID(tiny(), teacher, vid_weight=3.0)
+def watched(module):
+    """Returns the list that will hold the regressors' weights of each stage, as they begin."""
     build, weights = module.build, []
 
     def keep():
@@ -34,23 +33,39 @@ def test_the_term_is_the_sum_over_stages_of_gaussian_likelihoods(step, tiny, blo
         weights.extend([[p.detach().clone() for p in part.parameters()] for part in module.losses["vid"].regressors])
 
     module.build = keep
+    return weights
+
+
+def likelihood(weights, own, target):
+    first, second, third = weights
+    mean = F.conv2d(F.relu(F.conv2d(F.relu(F.conv2d(own, first)), second)), third)
+    return F.gaussian_nll_loss(mean, target, torch.full_like(target, 5.0)).item()
+
+
+def test_the_term_is_the_sum_over_stages_of_gaussian_likelihoods(step, tiny, blobs):
+    student, teacher, images = tiny(), tiny(6, seed=5).eval(), blobs.images[:8]
+    module = VID(tiny(), teacher, vid_weight=3.0)
+    weights = watched(module)
     _, terms = step(module)
-    expected, student = 0.0, tiny()
     with torch.no_grad():
         s1, t1 = student.stage1(images), teacher.stage1(images)
-        for (first, second, third), s, t in zip(
-            weights, (s1, student.stage2(s1)), (t1, teacher.stage2(t1)), strict=True
-        ):
-            mean = F.conv2d(F.relu(F.conv2d(F.relu(F.conv2d(s, first)), second)), third)
-            expected += F.gaussian_nll_loss(mean, t, torch.full_like(t, 5.0)).item()
+        expected = likelihood(weights[0], s1, t1) + likelihood(weights[1], student.stage2(s1), teacher.stage2(t1))
     assert terms["vid"] == pytest.approx(3 * expected, rel=1e-4)
 
 
-def test_networks_of_other_grids_meet_on_the_smaller(step, tiny):
-    for own, others in (("stage1", "stage2"), ("stage2", "stage1")):
-        moved, terms = step(VID(tiny(), tiny(6, seed=5), [own], [others], label_weight=0.0))
-        assert terms["vid"] > 0
-        assert "student.stage1.0.weight" in moved
+@pytest.mark.parametrize(("own", "others"), [("stage1", "stage2"), ("stage2", "stage1")])
+def test_networks_of_other_grids_meet_on_the_smaller(step, tiny, blobs, own, others):
+    student, teacher = tiny(), tiny(6, seed=5).eval()
+    module = VID(tiny(), teacher, [own], [others], vid_weight=3.0, label_weight=0.0)
+    weights = watched(module)
+    moved, terms = step(module)
+    with torch.no_grad():
+        s1, t1 = student.stage1(blobs.images[:8]), teacher.stage1(blobs.images[:8])
+        pair = (
+            (F.avg_pool2d(s1, 2), teacher.stage2(t1)) if own == "stage1" else (student.stage2(s1), F.avg_pool2d(t1, 2))
+        )
+    assert terms["vid"] == pytest.approx(3 * likelihood(weights[0], *pair), rel=1e-4)
+    assert "student.stage1.0.weight" in moved
 
 
 def test_taps_without_a_partner_or_a_grid_are_refused(trainer, blobs, tiny):

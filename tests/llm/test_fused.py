@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_distill.llm import fused
 from lit_distill.llm.fused import SLICE_BYTES, score_tokens, slices
 from lit_distill.llm.losses import (
     adaptive_kl,
@@ -245,7 +246,7 @@ def test_a_second_backward_pass_is_refused_rather_than_wrong():
     hidden, weight, labels, signal = parts()
     loss, _ = score_tokens(hidden, weight, labels, signal, {"kl": (TERMS["forward_kl"], 1.0)}, scale=0.1)
     (3 * loss).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="used up by one backward pass; compute the loss again"):
         loss.backward()
 
 
@@ -328,6 +329,14 @@ def test_logits_of_all_tokens_never_exist(name):
     with Shapes() as seen:
         score_tokens(hidden, weight, labels, signal, terms, scale=1.0, chunk=chunk)[0].backward()
     assert seen.largest <= max(chunk * V, V * H)
+
+
+def test_gradients_are_handed_over_and_not_copied(monkeypatch):
+    hidden, weight, labels, signal = parts(torch.float32)
+    made, add = set(), fused._add_product
+    monkeypatch.setattr(fused, "_add_product", lambda total, *rest: made.add(total.data_ptr()) or add(total, *rest))
+    score_tokens(hidden, weight, labels, signal, {"kl": (TERMS["forward_kl"], 1.0)}, scale=0.1, chunk=4)[0].backward()
+    assert made == {weight.grad.data_ptr()}
 
 
 @pytest.mark.parametrize("vocabulary", [100, 49_152, 151_936, 2**26])

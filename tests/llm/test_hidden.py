@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_language import VOCABULARY, Pairs, language_model, token_batch, trainer
+from tiny_language import VOCABULARY, Pairs, language_model, sgd, token_batch, trainer
 
 from lit_distill.core.errors import UsageError
 from lit_distill.core.taps import FeatureTaps
@@ -21,10 +21,6 @@ from lit_distill.llm.relations import relation_kl, visible_tokens
 
 DEEP = {"num_hidden_layers": 4, "hidden_size": 24, "num_attention_heads": 2}
 TOKENS = torch.tensor([[5, 9, 4, 17, 3, 8], [11, 2, 6, 20, 13, 7]])
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def row_states(network, batch):

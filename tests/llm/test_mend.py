@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from tiny_language import language_model, trainer
+from tiny_language import language_model, sgd, trainer
 from tiny_text import TEXTS, tokenizer_folder, write_lines
 
 from lit_distill.core.errors import UsageError
@@ -16,10 +16,6 @@ from lit_distill.llm.network import CausalLM
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def network(seed, **sizes):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from tiny_language import VOCABULARY, Batches, Pairs, language_model, pairs, token_batch, trainer
+from tiny_language import VOCABULARY, Batches, Pairs, language_model, pairs, sgd, token_batch, trainer
 from tiny_text import TEXTS, tokenizer_folder, write_lines
 
 from lit_distill.core.errors import UsageError
@@ -33,10 +33,6 @@ PLAIN = {
     "single_step": "none",
     "ppo_epochs": 1,
 }
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 # ---- rewards, returns, weights -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_network import TIED, drawn, gradients, greedy_without_cache
 from tiny_language import language_model
 from tiny_text import TEXTS, tokenizer_folder, write_lines
-from two_processes import CASES, NETWORKS, fit, launch
+from two_processes import CASES, NETWORKS, REFUSED, fit, launch
 
 from lit_distill.llm.network import CausalLM
 
@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     tasks = [{"demonstrations": TEXTS[k : k + 2], "input": TEXTS[k], "output": "yes " * (k % 3 + 1)} for k in range(30)]
     for side in (folder / "one", folder / "two"):
         tokenizer_folder(side / "tokenizer")
+        tokenizer_folder(side / "other", corpus=TEXTS[:5])
         write_lines(side / "texts.jsonl", [{"text": text} for text in TEXTS])
         write_lines(side / "tasks.jsonl", tasks)
         language_model(0, vocab_size=120).save_pretrained(side / "base")
@@ -58,9 +59,19 @@ def test_methods_do_the_same(name, folder, two):
     assert found["moved"] == pytest.approx(alone["moved"], rel=1e-4)
     # What is kept on disk is the same, and so are fingerprints of teachers whose weights are sharded afterwards.
     assert found["text"] == alone["text"]
+    assert found["tested"] == pytest.approx(alone["tested"], rel=1e-4)
     assert found["state"].keys() == alone["state"].keys()
     for key, value in alone["state"].items():
         torch.testing.assert_close(found["state"][key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_writes_on_whole_weights_alone_is_refused_in_one_line(name, two):
+    said = two["refused"][name]
+    assert said.startswith("rollout")
+    assert "on whole weights" in said
+    assert "; train with --trainer.strategy ddp, or " in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", NETWORKS)

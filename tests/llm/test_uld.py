@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import wasserstein_distance
-from tiny_language import language_model, trainer
+from tiny_language import language_model, sgd, trainer
 from tiny_text import TEXTS, tokenizer_folder, write_lines
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -27,10 +27,6 @@ from lit_distill.llm.small_tokenizer import small_tokenizer
 from lit_distill.llm.vocabularies import gold, match_tokens, merge_groups, sorted_l1
 
 ODD = ["  a  b\n\n   c ", "naïve 漢字 né", "the 🦉 sat.\n   the dog", "x", "the cat,the dog"]
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def random(*shape, seed=0, scale=2.0):

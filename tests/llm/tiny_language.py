@@ -1,6 +1,7 @@
 """Tiny language models, and prompts with completions for them."""
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lit_distill.llm.batch import TokenBatch
@@ -137,3 +138,21 @@ def trainer(folder, **options):
         "default_root_dir": folder,
     }
     return Trainer(**(given | options))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def logits_of(network, batch):
+    """(N, V), by the network's own head, one document at a time."""
+    found = []
+    for number, row in enumerate(batch.input_ids):
+        places = batch.scored[batch.scored // batch.input_ids.shape[1] == number] % batch.input_ids.shape[1]
+        length = int(places.max()) + 1
+        found.append(network.network(row[None, :length]).logits[0, places])
+    return torch.cat(found)
+
+
+def kl(log_a, log_b):
+    return F.kl_div(log_b, log_a, log_target=True, reduction="none").sum(-1)

@@ -4,17 +4,19 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from tiny_language import language_model, trainer
+from tiny_language import language_model, sgd, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lit_distill.core.errors import UsageError
 from lit_distill.core.strategies import FSDP2Strategy, full_state, gathered, shard
 from lit_distill.llm.cached import CachedTeacher
 from lit_distill.llm.data import TextDataModule
@@ -23,9 +25,12 @@ from lit_distill.llm.methods.first import FIRST
 from lit_distill.llm.methods.hidden import MiniLM, TinyBERT
 from lit_distill.llm.methods.kl import ForwardKL, ReverseKL
 from lit_distill.llm.methods.mend import MEND
+from lit_distill.llm.methods.minillm import MiniLLM
 from lit_distill.llm.methods.speculative import SpeculativeKD
 from lit_distill.llm.methods.supervised import SequenceKD
 from lit_distill.llm.methods.taid import TAID
+from lit_distill.llm.methods.uld import GOLD, ULD
+from lit_distill.llm.mixed import TeacherMixed
 from lit_distill.llm.network import CausalLM
 from lit_distill.llm.rollouts import OnPolicy, TeacherWritten
 from lit_distill.llm.speculative import SpeculativeRollout
@@ -33,10 +38,6 @@ from lit_distill.llm.speculative import SpeculativeRollout
 STEPS = 3
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ALMOST_GREEDY = 1e-4  # a temperature: each process draws for itself, and all draw the likeliest
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def student(**options):
@@ -51,6 +52,16 @@ def adapted(folder):
     torch.manual_seed(0)
     lora = {**LORA, "init_lora_weights": False}
     return CausalLM(f"{folder}/base", lora=lora, gradient_checkpointing=True)
+
+
+def minillm(folder):
+    """Writes greedily: at its temperature of 1 each process would draw something else."""
+    corpus = TextDataModule(f"{folder}/tokenizer", source=f"{folder}/texts.jsonl", max_length=40, batch_size=4)
+    module = MiniLLM(
+        student(), teacher(), rollout=TeacherMixed(0.0, max_new_tokens=6), ppo_epochs=2, corpus=corpus, optimizer=sgd
+    )
+    module.student.generate = partial(module.student.generate, greedy=True)
+    return module
 
 
 def shortened(folder):
@@ -121,6 +132,13 @@ CASES = {
         {},
         {},
     ),
+    "minillm": (minillm, {}, {"max_steps": 2 * STEPS}),
+    "uld": (lambda folder: ULD(student(), teacher(), optimizer=sgd), {"teacher_tokenizer": "{folder}/other"}, {}),
+    "gold": (
+        lambda folder: GOLD(student(), teacher(), label_weight=0.5, optimizer=sgd),
+        {"teacher_tokenizer": "{folder}/other", "packing": "ffd"},
+        {},
+    ),
     "speculative": (  # needs whole weights
         lambda folder: SpeculativeKD(
             student(), teacher(), rollout=SpeculativeRollout(k=1, draft=3, max_new_tokens=6), optimizer=sgd
@@ -158,22 +176,37 @@ def fit(name, folder, **options):
     source = f"{folder}/{'tasks' if name == 'mend' else 'texts'}.jsonl"
     kind = TaskDemonstrations if name == "mend" else TextDataModule
     given = {"given": 3, "packing": "none"} if kind is TextDataModule else {}
+    data = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in data.items()}
     data = kind(f"{folder}/tokenizer", source=source, max_length=40, batch_size=4, **(given | data))
     watch = Watch()
     module = build(folder)
-    runner = trainer(folder, max_steps=STEPS, callbacks=[watch], **(own | options))
+    runner = trainer(folder, callbacks=[watch], **({"max_steps": STEPS} | own | options))
     runner.fit(module, data)
     if isinstance(options.get("strategy"), FSDP2Strategy):
         for network in (module.student, module.teacher):
             assert isinstance(network, FSDPModule), name
             assert all(isinstance(weight, DTensor) for weight in network.parameters()), name
-    kept = {
-        "cached": "kept/train/manifest.json",
-        "teacher_written": "written.jsonl",
-        "teacher_goes_on": "shortened.jsonl",
-    }
-    text = (Path(folder) / kept[name]).read_text() if name in kept else None
-    return {**watch.found, "text": text, "state": full_state(module.student)}
+    text = (Path(folder) / KEPT[name]).read_text() if name in KEPT else None
+    found = {**watch.found, "text": text, "state": full_state(module.student)}
+    (tested,) = runner.test(module, data, verbose=False) if name == "first" else ({},)
+    return {**found, "tested": tested}
+
+
+# What writes on whole weights only.
+REFUSED = {
+    "minillm": lambda: MiniLLM(student(), teacher(), rollout=TeacherMixed(0.2, max_new_tokens=6)),
+    "speculative": lambda: SpeculativeKD(student(), teacher(), rollout=SpeculativeRollout(max_new_tokens=6)),
+}
+
+
+def refusal(name, folder):
+    """What is said of a method under FSDP2."""
+    data = TextDataModule(f"{folder}/tokenizer", source=f"{folder}/texts.jsonl", max_length=40, given=3)
+    try:
+        trainer(folder, devices=2, strategy=FSDP2Strategy()).fit(REFUSED[name](), data)
+    except UsageError as error:
+        return str(error)
+    return "nothing"
 
 
 # ---- a network by itself --------------------------------------------------------------------------------------------
@@ -246,6 +279,7 @@ if __name__ == "__main__":
     found = {name: fit(name, f"{folder}/two", devices=2) for name in CASES}
     rank = dist.get_rank()
     found["networks"] = {name: sharded(name, folder, rank) for name in NETWORKS}
+    found["refused"] = {name: refusal(name, f"{folder}/two") for name in REFUSED}
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.barrier()

@@ -122,11 +122,14 @@ def test_gradient_of_semantic_is_that_of_the_cosines_and_never_reaches_the_teach
 
 
 def test_semantic_follows_the_loss_of_a_head_to_its_logits_and_embedding():
-    logits, embedding = torch.randn(6, 3, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    gradient = head_gradient(logits, embedding, torch.tensor([0, 1, 2, 0, 1, 2]))
-    semantic_similarity(gradient, torch.randn(3, 4)).backward()
-    assert float(logits.grad.norm()) > 0
-    assert float(embedding.grad.norm()) > 0
+    logits, embedding, teacher = (torch.randn(*shape, dtype=torch.double) for shape in ((6, 3), (6, 4), (3, 4)))
+    inputs = logits.requires_grad_(), embedding.requires_grad_()
+
+    def loss(logits, embedding):
+        return semantic_similarity(head_gradient(logits, embedding, torch.tensor([0, 1, 2, 0, 1, 2])), teacher)
+
+    assert all(gradient.norm() > 1e-3 for gradient in torch.autograd.grad(loss(*inputs), inputs))
+    assert torch.autograd.gradcheck(loss, inputs)
 
 
 # ---- relation ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from torch_geometric.utils import softmax as scatter_softmax
 
 from lit_distill.losses.local_structure import local_structure_kl
@@ -20,12 +20,14 @@ def embeddings(seed=0, nodes=4, width=3):
     return torch.randn(nodes, width, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
-def by_hand(student, teacher, kernel):
+def by_hand(student, teacher, kernel, edges=EDGES):
     values = [0.0] * len(student)
-    for node in EDGES[1].unique().tolist():
-        own = EDGES[0][EDGES[1] == node].tolist()
-        p, q = (softmax([SIMILARITIES[kernel](z[node], z[j]) for j in own]) for z in (teacher.numpy(), student.numpy()))
-        values[node] = (p * np.log(p / q)).sum()
+    for node in edges[1].unique().tolist():
+        own = edges[0][edges[1] == node].tolist()
+        p, q = (
+            log_softmax([SIMILARITIES[kernel](z[node], z[j]) for j in own]) for z in (teacher.numpy(), student.numpy())
+        )
+        values[node] = (np.exp(p) * (p - q)).sum()
     return values
 
 
@@ -83,18 +85,21 @@ def test_gradient_with_respect_to_similarities_is_the_difference_of_the_distribu
 def test_neighbors_are_the_sources_of_the_edges_that_end_in_a_node():
     student, teacher = embeddings(), embeddings(1)
     inward, outward = torch.tensor([[1, 2, 3], [0, 0, 0]]), torch.tensor([[0, 0, 0], [1, 2, 3]])
-    assert float(local_structure_kl(student, teacher, inward, kernel="linear")) > 0
+    expected = by_hand(student, teacher, "linear", inward)
+    assert expected[0] > 0.01
+    each = local_structure_kl(student, teacher, inward, kernel="linear", reduction="none")
+    assert each.tolist() == pytest.approx(expected)
     assert float(local_structure_kl(student, teacher, outward, kernel="linear")) == 0
 
 
 @pytest.mark.parametrize("kernel", SIMILARITIES)
-def test_values_and_gradients_stay_finite_for_far_and_for_equal_neighbors(kernel):
+def test_values_stay_exact_and_gradients_finite_for_far_and_for_equal_neighbors(kernel):
     student, teacher = 100 * embeddings().float(), 100 * embeddings(1).float()
     student[1], student[2] = student[0], 0.0
     student.requires_grad_()
-    loss = local_structure_kl(student, teacher, EDGES, kernel=kernel)
+    loss = local_structure_kl(student, teacher, EDGES, kernel=kernel, sigma=1.5)
     loss.backward()
-    assert loss.isfinite()
+    assert loss.item() == pytest.approx(np.mean(by_hand(student.detach().double(), teacher.double(), kernel)), rel=1e-5)
     assert student.grad.isfinite().all()
 
 

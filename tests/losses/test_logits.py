@@ -138,14 +138,18 @@ def test_with_two_classes_nothing_is_left_among_the_others(logits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decoupled_kl_of_certain_networks_is_finite(dtype):
+def test_decoupled_kl_of_certain_networks_is_exact(dtype):
+    # To either sample's student the teacher's class is 6e4 less likely than the labelled one, and again among the
+    # others. Divided by T = 4, times T^2 = 16, with weights 1 and 8. (In bfloat16 6e4 is 59,904.)
     student = torch.tensor([[6e4, 0.0, -6e4], [0.0, -6e4, 6e4]], dtype=dtype, requires_grad=True)
     teacher = torch.tensor([[-6e4, 0.0, 6e4], [0.0, 6e4, -6e4]], dtype=dtype)
     value = decoupled_kl(student, teacher, torch.tensor([0, 2]))
     value.backward()
     assert value.dtype == torch.float32
-    assert math.isfinite(value.item())
-    assert bool(student.grad.isfinite().all())
+    assert value.item() == pytest.approx((1 + 8) * 16 * 6e4 / 4, rel=2e-3)
+    # T (b^s - b^t) for the labelled class and its opposite, which is that of the likeliest other; and 8 T (n^s - n^t).
+    gradient = torch.tensor([[4.0, -4.0 + 8 * 4, -8 * 4], [8 * 4 - 4.0, -8 * 4, 4.0]]) / 2
+    torch.testing.assert_close(student.grad.float(), gradient)
 
 
 # ---- correlations --------------------------------------------------------------------------------------------------

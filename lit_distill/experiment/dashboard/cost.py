@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from lit_distill.experiment.compare import Comparison, Group
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_label, axis_title, plain
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.pareto import COSTS, Cost, costs_of, pareto_front
 from lit_distill.experiment.words import capital, lower_is_better, metric_name, scaled, show
 

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lit_distill.experiment.compare import Comparison, Group
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_title, plain
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.runs import History, Run
 from lit_distill.experiment.words import metric_name, scaled
 

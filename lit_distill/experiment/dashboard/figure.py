@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_distill.experiment.compare import Comparison, Group
+from lit_distill.experiment.comparison import Comparison
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.tables import short_labels, shortened
 from lit_distill.experiment.words import is_percent, lower_is_better, metric_name
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lit_distill.experiment.compare import Comparison
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.runs import FINISHED, UNFINISHED, Run
 from lit_distill.experiment.stats import stat
 from lit_distill.experiment.words import MISSING, metric_name, show

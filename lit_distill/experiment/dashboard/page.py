@@ -10,15 +10,15 @@ from pathlib import Path
 
 from lit_distill.core.errors import RunError
 from lit_distill.core.files import write_text
-from lit_distill.experiment.compare import MOST_SENTENCES, Comparison
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.dashboard.configs import packed_configs
 from lit_distill.experiment.dashboard.curves import run_curves
 from lit_distill.experiment.dashboard.figure import Figure, clean
 from lit_distill.experiment.dashboard.listing import facets, facts, run_rows, software
 from lit_distill.experiment.dashboard.section import section_parts
-from lit_distill.experiment.redact import without_secret_values
 from lit_distill.experiment.runs import History, Run
-from lit_distill.experiment.tables import sentences
+from lit_distill.experiment.secrets import without_secret_values
+from lit_distill.experiment.tables import MOST_SENTENCES, sentences
 from lit_distill.experiment.words import encodable
 
 SCRIPTS = ("dashboard.js", "runs.js", "diff.js")

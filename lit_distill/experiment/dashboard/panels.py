@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_distill.experiment.compare import Group
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.words import show
 
 PICTURE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}

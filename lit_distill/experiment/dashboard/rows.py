@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from lit_distill.experiment.compare import Comparison, Group
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.dashboard.figure import Figure, Look, Spec, axis_label, axis_title, plain
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.words import capital, is_percent, lower_is_better, metric_name, scaled, show
 
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_distill.experiment.compare import Comparison, Group
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.dashboard.cost import cost_plot
 from lit_distill.experiment.dashboard.curves import learning_curves
 from lit_distill.experiment.dashboard.figure import Look, drawn_groups, looks_of
 from lit_distill.experiment.dashboard.panels import MOST_PICTURES, PANELS, panel_figures
 from lit_distill.experiment.dashboard.rows import difference_plot, dot_plot
+from lit_distill.experiment.groups import Group
 from lit_distill.experiment.runs import History, Run
 from lit_distill.experiment.tables import Column, best, columns, is_marked, sentences
 from lit_distill.experiment.words import heading, metric_name, show, show_plain

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_distill.experiment.compare import Comparison
+from lit_distill.experiment.comparison import Comparison
 from lit_distill.experiment.dashboard import Figure
 from lit_distill.experiment.runs import Run
 from lit_distill.experiment.sweep.record import (

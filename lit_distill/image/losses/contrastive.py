@@ -6,17 +6,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_distill.core.errors import UsageError
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import Outputs, Shapes
-from lit_distill.image.losses.pairs import PairedEmbedding
+from lit_distill.image.losses.pairs import EmbeddedPair
 from lit_distill.losses.contrastive import contrastive_nce, contrastive_normalizer, memory_similarity
 from lit_distill.losses.precision import in_float32
 
 
-class ContrastiveRepresentation(PairedEmbedding):
+class ContrastiveRepresentation(EmbeddedPair):
     """Tells the other network's embedding of the same sample from those of K samples of other classes.
 
     Both features are embedded by trained linear layers and brought to unit length. Of each network, a memory bank holds
@@ -65,24 +65,18 @@ class ContrastiveRepresentation(PairedEmbedding):
         temperature: float = 0.07,
         momentum: float = 0.5,
     ) -> None:
-        super().__init__(student_tap, teacher_tap)
+        super().__init__(student_tap, teacher_tap, dimensions)
         if negatives < 1:
             raise UsageError(f"negatives is {negatives}; give 1 or more (usual: 16384)")
         if temperature <= 0:
             raise UsageError(f"temperature is {temperature}; it must be above 0 (usual: 0.07)")
-        self.dimensions = dimensions
         self.negatives = negatives
         self.temperature = temperature
         self.momentum = momentum
-        self.student_embedding: nn.Module = nn.Identity()
-        self.teacher_embedding: nn.Module = nn.Identity()
 
     def build(self, shapes: Shapes) -> None:
         """Makes embeddings and memory banks, and sorts the training set by class."""
         super().build(shapes)
-        (student, *_), (teacher, *_) = self.pair_of_shapes(shapes)
-        self.student_embedding = nn.Linear(student, self.dimensions)
-        self.teacher_embedding = nn.Linear(teacher, self.dimensions)
         labels = shapes.train_labels().cpu()
         sizes = torch.bincount(labels, minlength=shapes.num_classes)
         if (sizes > 0).sum() < 2:
@@ -99,9 +93,7 @@ class ContrastiveRepresentation(PairedEmbedding):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch, and moves its rows of the memory banks."""
-        student_feature, teacher_feature = self.pair(student, teacher)
-        student_embedding = _unit(self.student_embedding(student_feature))
-        teacher_embedding = _unit(self.teacher_embedding(teacher_feature))
+        student_embedding, teacher_embedding = map(_unit, self.pair(student, teacher))
         rows = torch.cat([batch.index[:, None], self.draw_negatives(batch.labels)], dim=1)
         # Each network's embedding is the anchor, the other's memory what it is compared with.
         loss = self._contrast(student_embedding, self.teacher_memory, self.student_normalizer, rows)

@@ -56,6 +56,34 @@ class PairedEmbedding(PairedFeature):
         return pooled(own), pooled(target.detach())
 
 
+class EmbeddedPair(PairedEmbedding):
+    """Base of losses that embed each network's vector by a linear layer, which is trained.
+
+    Args:
+        student_tap: Module in the student; what it calls `penultimate` if None.
+        teacher_tap: The same in the teacher.
+        dimensions: Width of the embeddings.
+    """
+
+    def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None, dimensions: int = 128) -> None:
+        super().__init__(student_tap, teacher_tap)
+        self.dimensions = dimensions
+        self.student_embedding: nn.Module = nn.Identity()
+        self.teacher_embedding: nn.Module = nn.Identity()
+
+    def build(self, shapes: Shapes) -> None:
+        """Makes the embeddings."""
+        super().build(shapes)
+        (student, *_), (teacher, *_) = self.pair_of_shapes(shapes)
+        self.student_embedding = nn.Linear(student, self.dimensions)
+        self.teacher_embedding = nn.Linear(teacher, self.dimensions)
+
+    def pair(self, student: Outputs, teacher: Outputs) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+        """Returns the embeddings of both networks' vectors."""
+        own, target = super().pair(student, teacher)
+        return self.student_embedding(own), self.teacher_embedding(target)
+
+
 class PairedMaps(DistillationLoss):
     """Base of losses that compare each map of the student with one of the teacher.
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lit_distill.image.data import ImageBatch
 from lit_distill.image.distillation import Outputs, Shapes
-from lit_distill.image.losses.pairs import PairedEmbedding, PairedFeature, PairedMaps, check_ranks, check_several
+from lit_distill.image.losses.pairs import (
+    EmbeddedPair,
+    PairedEmbedding,
+    PairedFeature,
+    PairedMaps,
+    check_ranks,
+    check_several,
+)
 from lit_distill.losses.relations import (
     channel_correlation,
     correlation_congruence,
@@ -80,7 +87,7 @@ class ProbabilisticTransfer(PairedEmbedding):
         return probabilistic_transfer(*self.pair(student, teacher))
 
 
-class CorrelationCongruence(PairedEmbedding):
+class CorrelationCongruence(EmbeddedPair):
     """Products of neighboring samples' embedding differences, see `lit_distill.losses.relations`.
 
     Both features are embedded by trained linear layers. So there is a trivial solution, equal embeddings that tell
@@ -95,24 +102,10 @@ class CorrelationCongruence(PairedEmbedding):
 
     name = "cc"
 
-    def __init__(self, student_tap: str | None = None, teacher_tap: str | None = None, dimensions: int = 128) -> None:
-        super().__init__(student_tap, teacher_tap)
-        self.dimensions = dimensions
-        self.student_embedding: nn.Module = nn.Identity()
-        self.teacher_embedding: nn.Module = nn.Identity()
-
-    def build(self, shapes: Shapes) -> None:
-        """Makes the embeddings."""
-        super().build(shapes)
-        (student, *_), (teacher, *_) = self.pair_of_shapes(shapes)
-        self.student_embedding = nn.Linear(student, self.dimensions)
-        self.teacher_embedding = nn.Linear(teacher, self.dimensions)
-
     def forward(self, student: Outputs, teacher: Outputs, batch: ImageBatch, iteration: int) -> Float[Tensor, ""]:
         """Returns the loss of a batch."""
         check_several(self, batch)
-        student_feature, teacher_feature = self.pair(student, teacher)
-        return correlation_congruence(self.student_embedding(student_feature), self.teacher_embedding(teacher_feature))
+        return correlation_congruence(*self.pair(student, teacher))
 
 
 class KernelCongruence(PairedEmbedding):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lit_distill.core.errors import UsageError, check_least
 from lit_distill.core.reference import Reference
@@ -233,6 +234,8 @@ class MiniLLM(TokenDistiller):
         for part in self.parts(self.collect(batch)):
             if 0 <= self.trainer.max_steps <= self.trainer.global_step:
                 break
+            if isinstance(self.teacher, FSDPModule):
+                self.teacher.unshard()  # each step puts away the head that what was written is compared by
             loss, found = self.weigh(part.batch, part, self.loss_terms())
             if self.corpus is not None:
                 text, terms = self.next_text(), self.corpus_terms()
