@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from lit_distill.diffusion.schedulers import FewStepScheduler
     from lit_distill.diffusion.students import ClassPartition, PartitionedImages, StudentRouter
+    from lit_distill.diffusion.taesd import TAEF2
     from lit_distill.diffusion.text import PromptEvaluation, Prompts, TextEncoder
 
 _MODULES = {
@@ -76,6 +77,7 @@ _MODULES = {
     "TeacherScoreMatching": "methods.teacher_score_matching",
     "AdversarialDistiller": "adversarial",
     "Autoencoder": "autoencoder",
+    "TAEF2": "taesd",
     "BacktrackingTarget": "backtracking",
     "CaptionedImages": "captions",
     "ClassPartition": "students",
@@ -171,6 +173,7 @@ __all__ = [  # noqa: RUF022 (methods first)
     "ScoreDistiller",
     "small_unet",
     "StudentRouter",
+    "TAEF2",
     "TextEncoder",
     "TrigPath",
     "VPPath",
