@@ -8,17 +8,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill.core.errors import RunError, UsageError
-from lit_distill.core.loading import derived_seed
-from lit_distill.diffusion.denoiser import Denoiser
 from lit_distill.diffusion.distillation import ScoreDistiller, at_rest
-from lit_distill.diffusion.draws import Draws
-from lit_distill.diffusion.fake import FakeScore, LoRA
-from lit_distill.diffusion.methods.diff_instruct import DiffInstruct
-from lit_distill.diffusion.methods.dmd import DMD
+from lit_distill.diffusion.fake import LoRA
 from lit_distill.diffusion.methods.dmd2 import DMD2
-from lit_distill.diffusion.models import GaussianMixture
-from lit_distill.diffusion.paths import EDMPath, FlowPath
-from lit_distill.diffusion.rollout import Sample
+from lit_distill.diffusion.paths import FlowPath
 from lit_distill.experiment.resume_point import ResumePoint
 
 TAPS = ["network.blocks.1"]
@@ -70,74 +63,6 @@ def test_each_step_moves_its_role_alone_and_the_student_every_kth_time(trainer, 
     for iteration in range(6):
         expected += [(iteration, student, student)] * (iteration % 3 == 0) + [(iteration, critics, critics)]
     assert module.steps == expected
-
-
-def by_hand(network, x_t, t, labels):
-    """EDM's denoiser from its formulas."""
-    s2, r = 0.75**2, t.float().view(-1, 1, 1, 1)
-    out = network(x_t / (r**2 + s2).sqrt(), t.float().log() / 4, labels)
-    return s2 / (r**2 + s2) * x_t + r * 0.75 / (r**2 + s2).sqrt() * out
-
-
-def test_an_iteration_is_the_one_written_by_hand(trainer, digits, make_denoiser, little):
-    """One iteration of DMD2 with guidance, against formulas: same draws, plain gradient descent."""
-    student, teacher = make_denoiser(1), make_denoiser(0)
-    module = DMD2(
-        copy.deepcopy(student), copy.deepcopy(teacher), [2.5], fake_updates=5, taps=TAPS, gan_weight=0.7,
-        discriminator_weight=0.3, guidance=1.5, evaluation=little, optimizer=sgd(0.1), clip_norm=None,
-    )  # fmt: skip
-    fit = trainer(limit_train_batches=1)
-    module.trainer = fit
-    fit.datamodule = digits
-    digits.setup()
-    module.configure_model()
-    head, fake = copy.deepcopy(module.head), copy.deepcopy(teacher)
-    fit.fit(module, datamodule=digits)
-
-    path, g, f, r = EDMPath(), student.network, fake.network, teacher.network
-    draws = Draws(derived_seed("step", 0, 0))
-    real = next(iter(digits.train_dataloader()))
-    labels = draws.integers(10, 8)
-    x = by_hand(g, 2.5 * draws.normal((8, 1, 8, 8)), torch.full((8,), 2.5), labels)
-    # Student.
-    t = module.student_times(8, path, draws)
-    x_t = x.detach() + t.float().view(-1, 1, 1, 1) * draws.normal(x.shape)
-    with torch.no_grad():
-        none = torch.full_like(labels, 10)
-        cond, uncond = by_hand(r, x_t, t, labels), by_hand(r, x_t, t, none)
-        target = uncond + 1.5 * (cond - uncond)
-        direction = by_hand(f, x_t, t, labels) - target
-        direction = direction / (x - target).abs().mean((1, 2, 3), keepdim=True)
-
-    def logits(x0, t, noise, labels):
-        seen = []
-        handle = f.blocks[1].register_forward_hook(lambda _m, _a, out: seen.append(out))
-        by_hand(f, x0 + t.float().view(-1, 1, 1, 1) * noise, t, labels)
-        handle.remove()
-        return head.heads[0](seen[0])
-
-    softplus = torch.nn.functional.softplus
-    t = module.gan_times(8, path, draws)
-    gan = softplus(-logits(x, t, draws.normal(x.shape), labels)).mean()
-    loss = (x * direction).sum() / x.numel() + 0.7 * gan
-    gradients = torch.autograd.grad(loss, list(g.parameters()))
-    for parameter, gradient, new in zip(g.parameters(), gradients, module.student.network.parameters(), strict=True):
-        torch.testing.assert_close(new, parameter - 0.1 * gradient, rtol=1e-4, atol=1e-6)
-    # Fake score and head, on the same samples.
-    x = x.detach()
-    t = module.fake_times(8, path, draws)
-    s = t.float().view(-1, 1, 1, 1)
-    denoised = by_hand(f, x + s * draws.normal(x.shape), t, labels)
-    loss = ((s**-2 + 0.75**-2) * (denoised - x) ** 2).mean()
-    t_fake = module.gan_times(8, path, draws)
-    fake_logits = logits(x, t_fake, draws.normal(x.shape), labels)
-    t_real = module.gan_times(8, path, draws)
-    real_logits = logits(real.images, t_real, draws.normal(x.shape), real.labels)
-    loss = loss + 0.3 * (softplus(fake_logits).mean() + softplus(-real_logits).mean())
-    parameters = [*f.parameters(), *head.parameters()]
-    new = [*module.fake.network.parameters(), *module.head.parameters()]
-    for parameter, gradient, found in zip(parameters, torch.autograd.grad(loss, parameters), new, strict=True):
-        torch.testing.assert_close(found, parameter - 0.1 * gradient, rtol=2e-3, atol=1e-5)
 
 
 def test_gradients_flow_through_what_rests_and_none_are_left(make_denoiser):
@@ -261,79 +186,6 @@ def test_a_lora_begins_as_the_teacher_shares_its_weights_and_trains_adapters_alo
     assert torch.equal(again.fake(x, 1.0, labels), module.fake(x, 1.0, labels))
 
 
-# ---- Diff-Instruct and DMD ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weight", ["one", "sigma2", "sigma2_over_alpha2"])
-def test_diff_instruct_weighs_the_difference_of_scores(make_denoiser, little, weight):
-    path = FlowPath()
-    module = DiffInstruct(
-        make_denoiser(1, path, "u"), make_denoiser(0, path, "u"), [1.0], weight=weight, evaluation=little
-    )
-    module.fake = make_denoiser(2, path, "u")
-    x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
-    found = module.student_gradient(Sample(x, x, torch.ones(4), 0), labels, Draws(3))
-    draws = Draws(3)
-    t = module.student_times(4, path, draws)
-    alpha, sigma = (c.float() for c in path.at(t, x)[:2])
-    x_t = alpha * x + sigma * draws.normal(x.shape)
-    with torch.no_grad():
-        difference = module.fake(x_t, t, labels, "score") - module.teacher(x_t, t, labels, "score")
-    factor = {"one": 1.0, "sigma2": sigma**2, "sigma2_over_alpha2": (sigma / alpha) ** 2}[weight]
-    torch.testing.assert_close(found, factor * alpha * difference, rtol=1e-3, atol=1e-5)
-
-
-class Point(GaussianMixture):
-    """One Gaussian around 0.3 in all 64 pixels, whatever the class."""
-
-    def forward(self, x, time, condition=None):
-        return super().forward(x, time)
-
-
-def exact(std=0.5, num_classes=10):
-    path = EDMPath()
-    return Denoiser(Point([[0.3] * 64], std, path), path, "x0", num_classes, time_input="time")
-
-
-class Another(FakeScore):
-    """A network of its own, since one in closed form has no weights to train."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def build(self, teacher, sharded=False):
-        return self.network
-
-
-def test_pairs_are_what_the_exact_flow_makes_of_the_noise(trainer, digits, make_denoiser, little, tmp_path):
-    file = tmp_path / "pairs.safetensors"
-
-    def build(**options):
-        return DMD(
-            make_denoiser(1), exact(), [2.5], pairs=40, pair_steps=40, pair_file=str(file), evaluation=little,
-            fake=Another(make_denoiser(2)), **options,
-        )  # fmt: skip
-
-    module = build()
-    trainer(limit_train_batches=1).fit(module, datamodule=digits)
-    assert {"surrogate", "regression", "fake"} == set(module.terms)
-    pairs = module._pairs(torch.arange(40))
-    # The flow of N(0.3, 0.25) from noise level 2.5 to 0 is a scaling.
-    expected = 0.3 + (2.5 * pairs["noise"] - 0.3) * 0.5 / math.sqrt(0.25 + 2.5**2)
-    torch.testing.assert_close(pairs["x0"], expected, atol=5e-3, rtol=0)
-    # The regression is the mean square over pairs that were drawn.
-    value = module.extra_student_loss(
-        Sample(torch.zeros(6, 1, 8, 8), torch.zeros(6, 1, 8, 8), torch.ones(6), 0), None, None, Draws(5)
-    )["regression"]
-    drawn = module._pairs(Draws(5).integers(40, 6))
-    with torch.no_grad():
-        made = module.student(2.5 * drawn["noise"], 2.5, drawn["labels"].long())
-    assert value.item() == pytest.approx(0.25 * float((made - drawn["x0"]).square().mean()), rel=1e-5)
-    trainer(limit_train_batches=1).fit(build(), datamodule=digits)  # reads the file
-    with pytest.raises(UsageError, match=r"is stale: guidance was 1\.0, now 2\.0"):
-        trainer(limit_train_batches=1).fit(build(guidance=2.0), datamodule=digits)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -345,22 +197,8 @@ def test_pairs_are_what_the_exact_flow_makes_of_the_noise(trainer, digits, make_
             lambda make: ScoreDistiller(make(num_classes=None), make(num_classes=None), [2.5], guidance=2.0),
             "model.guidance needs a network that knows 'no condition'",
         ),
-        (lambda make: DMD(make(), make(), [2.5, 1.0]), "pairs are for one step, 2 are given"),
-        (lambda make: DMD2(make(), make(), [2.5], gan_weight=-1.0), "model.gan_weight is -1.0"),
     ],
 )
 def test_mistakes_are_told(build, message, make_denoiser):
     with pytest.raises(UsageError, match=message):
         build(make_denoiser)
-
-
-def test_taps_of_a_discriminator_must_exist(trainer, digits, make_denoiser, little):
-    module = DMD2(make_denoiser(1), make_denoiser(0), [2.5], taps=["network.mid"], evaluation=little)
-    with pytest.raises(UsageError, match=r"tap 'network\.mid' is not a module of Denoiser"):
-        trainer().fit(module, datamodule=digits)
-
-
-def test_the_published_weight_of_the_gan_goes_with_the_size_of_samples(trainer, digits, make_denoiser, little):
-    module = DMD2(make_denoiser(1), make_denoiser(0), [2.5], taps=TAPS, evaluation=little)
-    trainer(limit_train_batches=1).fit(module, datamodule=digits)
-    assert module.gan_weight == pytest.approx(3e-3 * 3 * 64 * 64 / 64)
