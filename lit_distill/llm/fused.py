@@ -73,8 +73,8 @@ def score_tokens(
             that need labels alone.
         terms: Token losses by name, with weights. One of weight 0 is only reported.
         scale: Factor in front of all sums, such as 1 / tokens in the step.
-        chunk: Tokens in a slice, see `slices`. In resident memory a pass takes some 13 (forward KL) to 26 (generalized
-            JSD) times a slice's logits.
+        chunk: Tokens in a slice, see `slices`. In resident memory a pass takes some 7 (forward KL) to 13 (adaptive
+            KL) times a slice's logits.
         parts: Slices of all tokens, in order, instead of those of `slices`: for losses of several tokens together.
 
     Returns:
