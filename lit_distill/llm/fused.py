@@ -24,8 +24,8 @@ TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
 Terms = dict[str, tuple[TokenLoss, float]]
 """Token losses by name, with their weights."""
 
-# Just above 32 MiB, from where on glibc gives each block back as soon as it is free: below, a pass takes up to twice the
-# memory, for what lies between blocks. Larger slices cost memory and were not reliably faster on a CPU.
+# Just above 32 MiB, from where on glibc gives each block back as soon as it is free: below, a pass takes half as much
+# memory again and more, for what lies between blocks. Larger slices cost memory and were not reliably faster on a CPU.
 SLICE_BYTES = 33 * 2**20
 
 
