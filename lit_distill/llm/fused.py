@@ -24,8 +24,8 @@ TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
 Terms = dict[str, tuple[TokenLoss, float]]
 """Token losses by name, with their weights."""
 
-# Just above 32 MiB, from where on glibc gives each block back as soon as it is free: below, a pass takes twice the
-# memory for what lies between blocks. Larger slices cost memory and were not reliably faster on a CPU.
+# Just above 32 MiB, from where on glibc gives each block back as soon as it is free: below, a pass takes half as much
+# memory again and more, for what lies between blocks. Larger slices cost memory and were not reliably faster.
 SLICE_BYTES = 33 * 2**20
 
 
@@ -73,8 +73,8 @@ def score_tokens(
             that need labels alone.
         terms: Token losses by name, with weights. One of weight 0 is only reported.
         scale: Factor in front of all sums, such as 1 / tokens in the step.
-        chunk: Tokens in a slice, see `slices`. In resident memory a pass takes some 13 (forward KL) to 26 (generalized
-            JSD) times a slice's logits.
+        chunk: Tokens in a slice, see `slices`. In resident memory a pass takes some 7 (forward KL) to 13 (adaptive
+            KL) times a slice's logits.
         parts: Slices of all tokens, in order, instead of those of `slices`: for losses of several tokens together.
 
     Returns:

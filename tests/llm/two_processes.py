@@ -165,7 +165,8 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, module, *rest):
         loss = sum(value.detach() for value in module.terms.values())
         self.found["loss"].append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
-        self.found["moved"].append(float(getattr(module, "t", getattr(module, "moving", 0.0))))
+        moving = (getattr(module, name, None) for name in ("t", "last_loss", "moving"))
+        self.found["moved"] += [float(value) for value in moving if value is not None]
 
 
 def fit(name, folder, **options):
@@ -201,7 +202,7 @@ REFUSED = {
 
 def refusal(name, folder):
     """What is said of a method under FSDP2."""
-    data = TextDataModule(f"{folder}/tokenizer", source=f"{folder}/texts.jsonl", max_length=40, given=3)
+    data = TextDataModule(f"{folder}/tokenizer", source=f"{folder}/texts.jsonl", max_length=40, given=3, packing="none")
     try:
         trainer(folder, devices=2, strategy=FSDP2Strategy()).fit(REFUSED[name](), data)
     except UsageError as error:
