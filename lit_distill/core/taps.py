@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ class _SeenAll(Exception):  # noqa: N818 (no error: the rest of a forward is not
 class FeatureTaps:
     """Runs a network and returns its output together with what the named modules returned on the way.
 
-    Hooks live only while the network runs. So nothing is left behind in copies (EMA), under `torch.compile` of other
-    code, or between forwards; and under DDP and FSDP2, which run the same modules, names and features are the same.
+    Hooks live only while the network runs. So nothing is left behind in copies (EMA) or between forwards; and under DDP
+    and FSDP2, which run the same modules, names and features are the same. A network that is compiled (`nn.Module.
+    compile`) runs as it is, since compiled code knows no hooks that come later.
 
     A module that runs several times in one forward (a shared ReLU, a shared transformer block) has one output per run:
     `"relu:0"` is the first, `"relu:-1"` the last. The plain name of such a module is refused, since it is ambiguous.
@@ -66,7 +68,8 @@ class FeatureTaps:
         }
         handles = [_watch(self.network.get_submodule(path), given, runs) for (path, given), runs in seen.items()]
         try:
-            output = self.network(*args, **kwargs)
+            with self._plainly():
+                output = self.network(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -101,13 +104,23 @@ class FeatureTaps:
                 else ends.register_forward_hook(lambda *_, key=key: stop(key))
             )
         try:
-            self.network(*args, **kwargs)
+            with self._plainly():
+                self.network(*args, **kwargs)
         except _SeenAll:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return {name: self._pick(name, seen) for name in self.names}
+
+    def _plainly(self) -> AbstractContextManager[Any]:
+        """Keeps compiled code from running, where it would run the tapped modules."""
+        compiled = any(
+            self.network.get_submodule(".".join(path.split(".")[:depth]))._compiled_call_impl is not None
+            for path, _, _ in self._runs.values()
+            for depth in range(path.count(".") + 2)
+        )
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     def _pick(self, name: str, seen: Mapping[tuple[str, bool], list[tuple[Any, int]]]) -> Tensor:
         path, run, given = self._runs[name]

@@ -58,7 +58,7 @@ def frechet_inception_distance(
     for pixels, is_real in ((generated, False), (real, True)):
         for some in pixels.split(batch_size):
             # torchmetrics gives a network of the user's the images as they are.
-            metric.update((some.expand(-1, 3, -1, -1) * 255).byte(), real=is_real)
+            metric.update((some.expand(-1, 3, -1, -1) * 255).round().byte(), real=is_real)
     return metric.compute()
 
 

@@ -23,7 +23,7 @@ class Extractor(nn.Module):
 def test_it_is_the_frechet_distance_of_the_features():
     generated, real = torch.rand(40, 3, 8, 8), torch.rand(60, 3, 8, 8) ** 2
     found = frechet_inception_distance(generated, real, extractor=Extractor(), batch_size=16)
-    first, second = (Extractor()((x * 255).byte()).double() for x in (generated, real))
+    first, second = (Extractor()((x * 255).round().byte()).double() for x in (generated, real))
     c1, c2 = (np.cov(x.numpy(), rowvar=False) for x in (first, second))
     mean = float((first.mean(0) - second.mean(0)).square().sum())
     expected = mean + np.trace(c1) + np.trace(c2) - 2 * np.trace(sqrtm(c1 @ c2)).real
@@ -32,6 +32,19 @@ def test_it_is_the_frechet_distance_of_the_features():
     grey = torch.rand(20, 1, 8, 8)
     same = frechet_inception_distance(grey, grey, extractor=Extractor())
     assert abs(float(same)) < 1e-3
+
+
+def test_pixels_are_given_as_they_were_in_the_file():
+    class Seen(Extractor):
+        def forward(self, images):
+            seen.append(images)
+            return super().forward(images)
+
+    seen = []
+    pixels = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    again = ((pixels / 255 - 0.5) / 0.5) * 0.5 + 0.5  # normalized and back: a little less than k / 255, or more
+    frechet_inception_distance(again, again, extractor=Seen())
+    assert all(torch.equal(images, pixels.expand(-1, 3, -1, -1)) for images in seen)
 
 
 def test_a_run_measures_it(trainer, digits, make_denoiser):
