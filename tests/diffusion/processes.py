@@ -22,11 +22,9 @@ from lit_distill.diffusion import (
     EDMPath,
     GenerationEvaluation,
     GeneratorImages,
-    LoRA,
     PartitionedImages,
     ResidualMLP,
     StudentRouter,
-    SwiftBrush,
 )
 from lit_distill.image import DigitsDataModule
 
@@ -51,12 +49,6 @@ def dmd2():
     return DMD2(denoiser(0), denoiser(1), [2.5, 0.8], guidance=1.5, taps=TAPS, **options(fake_updates=2))
 
 
-def swiftbrush():
-    # Adapters begin at zero: the student's first gradients are of rounding alone, which Adam would blow up.
-    optimizers = {"optimizer": lambda p: torch.optim.SGD(p, 1000.0), "fake_optimizer": options()["optimizer"]}
-    return SwiftBrush(denoiser(0), denoiser(1), [2.5], guidance=2.0, fake=LoRA(2, 2.0), **options(**optimizers))
-
-
 def msd():
     students = StudentRouter(denoiser(0), 2)
     return MSD(students, denoiser(1), [2.5], taps=TAPS, **options(fake_updates=2))
@@ -74,7 +66,6 @@ def digits(kind=GeneratorImages, **more):
 # By name: what builds the module and the data, and the strategy of two processes.
 CASES = {
     "dmd2": (dmd2, digits, "fsdp2"),
-    "swiftbrush": (swiftbrush, digits, "fsdp2"),
     "msd": (msd, lambda: digits(PartitionedImages, parts=2, turn=2), "fsdp2"),
     "ladd": (ladd, digits, "fsdp2"),
     "dmd2 under ddp": (dmd2, digits, "ddp_find_unused_parameters_true"),
