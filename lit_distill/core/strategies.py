@@ -86,6 +86,16 @@ def sharded_units(network: nn.Module) -> list[list[nn.Parameter]]:
     return units
 
 
+def reshard(network: nn.Module) -> None:
+    """Puts the whole weights away that a root keeps after a forward without a backward; others have none.
+
+    While they are there, neither what is said of weights (`requires_grad`) nor what is written to them is heeded.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def full_state(network: nn.Module) -> dict[str, Any]:
     """Returns the whole state dict of a network, on the CPU where it had to be gathered from shards.
 

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_distill.core.errors import UsageError, check_least
+from lit_distill.core.strategies import reshard
 from lit_distill.diffusion.backtracking import BacktrackingTarget
 from lit_distill.diffusion.base import DiffusionDistiller
 from lit_distill.diffusion.denoiser import Denoiser, guided
@@ -32,12 +33,15 @@ from lit_distill.diffusion.times import TimeSampler, Uniform
 @contextmanager
 def at_rest(*networks: nn.Module | None) -> Iterator[None]:
     """Takes gradients from parameters for a while: they flow through the networks, and none are left in them."""
-    parameters = [p for network in networks if network is not None for p in network.parameters() if p.requires_grad]
+    present = [network for network in networks if network is not None]
+    parameters = [p for network in present for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for network in present:
+            reshard(network)  # or a root would go on at rest
         for parameter in parameters:
             parameter.requires_grad_(True)
 

@@ -52,8 +52,8 @@ def dmd2():
 
 
 def swiftbrush():
-    # Adapters begin at zero, so the first gradients of the student are of rounding alone, which Adam would blow up.
-    optimizers = {"optimizer": lambda p: torch.optim.SGD(p, 1.0), "fake_optimizer": options()["optimizer"]}
+    # Adapters begin at zero: the student's first gradients are of rounding alone, which Adam would blow up.
+    optimizers = {"optimizer": lambda p: torch.optim.SGD(p, 1000.0), "fake_optimizer": options()["optimizer"]}
     return SwiftBrush(denoiser(0), denoiser(1), [2.5], guidance=2.0, fake=LoRA(2, 2.0), **options(**optimizers))
 
 

@@ -6,12 +6,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lit_distill.core.distiller import Distiller
 from lit_distill.core.errors import UsageError, check_least
+from lit_distill.core.strategies import reshard
 
 
 class EMA(Callback):
@@ -122,9 +122,7 @@ def product_of(module: LightningModule) -> Any:
 def _averaged(module: LightningModule) -> dict[str, Tensor]:
     """Returns what is averaged of the product: its parameters, each once, and buffers of real numbers that it keeps."""
     network = product_of(module)
-    for part in network.modules():
-        if isinstance(part, FSDPModule):  # or it goes on with the whole weights that it gathered last
-            part.reshard()
+    reshard(network)
     kept = network.state_dict().keys()
     buffers = {k: v for k, v in network.named_buffers() if k in kept and v.is_floating_point()}
     return {k: v.detach() for k, v in network.named_parameters()} | buffers
