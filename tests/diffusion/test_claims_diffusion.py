@@ -50,6 +50,7 @@ def test_one_evaluation_is_near_the_teacher(results):
 PARTS = [
     ("decoupled/ca-only", "test/std_ratio", 0.3),
     ("mdt/matching-only", "test/fd", 0.0026),
+    ("msd/no-tsm", "test/fd", 0.017),
     ("nct/lambda-1", "test/control_error", 0.015),
     ("nct/boundary-only", "test/control_error", 0.037),
     ("nct/consistency-only", "test/fd", 1.0),
@@ -60,8 +61,8 @@ PARTS = [
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     def shown(recipe):
-        wanted = {"classifier", "teacher", "flow", "dmd2", "decoupled/baseline", "mdt/baseline", "nct/baseline"}
-        wanted |= {stage for stage, _, _ in PARTS}
+        wanted = {"classifier", "teacher", "flow", "small", "dmd2"} | {stage for stage, _, _ in PARTS}
+        wanted |= {f"{stage.partition('/')[0]}/baseline" for stage, _, _ in PARTS}
         recipe["stages"] = {name: stage for name, stage in recipe["stages"].items() if name in wanted}
 
     return results_of("digits_ablations", tmp_path_factory.mktemp("claims"), shown)
