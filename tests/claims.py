@@ -21,9 +21,10 @@ def results_of(name, root, change=None):
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert run_recipe(str(path), root=str(root / "runs")) == 0
     found = {}
-    for file in root.glob("runs/*/*/summary.json"):
+    for file in root.glob("runs/**/summary.json"):
         summary = json.loads(file.read_text())
-        found.setdefault(summary["stage"], {})[summary["seed"]] = summary["metrics"]
+        stage = "/".join([*summary["experiment"].split("/")[1:], summary["stage"]])  # as the recipe has it
+        found.setdefault(stage, {})[summary["seed"]] = summary["metrics"]
     return found
 
 

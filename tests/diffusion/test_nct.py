@@ -95,7 +95,7 @@ def test_losses_of_linear_generators_in_closed_form(obey, share):
     path = VPPath(alphas_cumprod=torch.linspace(0.9, 0.0, 10).tolist())
     generator = Denoiser(Identity(), path, "x0", time_input="time")
     z, eps = torch.randn(100_000, 4), torch.randn(100_000, 4)
-    for levels in (4, 16):
+    for levels in (1, 4, 16):
         module = NCT(FirstHalf(obey), generator, Front(), 9.0, levels=levels)
         level = torch.arange(100_000) % levels
         consistency, bound = module.losses(z, eps, level, None)
@@ -300,7 +300,7 @@ def test_controls_of_latents_are_those_of_decoded_images():
     ("options", "message"),
     [
         ({"start": 100.0}, "model.start: .* leaves the times"),
-        ({"start": 2.5, "levels": 1}, "model.levels is 1"),
+        ({"start": 2.5, "levels": 0}, "model.levels is 0"),
         ({"start": 2.5, "boundary": -0.1}, r"model.boundary is -0\.1"),
         ({"start": 2.5, "sample_guidance": 2.0}, "model.sample_guidance"),
     ],

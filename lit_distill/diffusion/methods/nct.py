@@ -75,7 +75,7 @@ class NCT(DiffusionDistiller):
         teacher: The frozen one-step generator.
         extractor: h.
         start: Time at which the generator starts.
-        levels: N.
+        levels: N; 1 is a regression on independent noise, which blurs.
         distance: d, see `sample_distance`.
         multiplier: lambda at first.
         multiplier_rate: eta; 0 holds lambda.
@@ -112,7 +112,7 @@ class NCT(DiffusionDistiller):
         super().__init__(teacher, teacher, sampler=Renoise(steps), **kwargs)
         self.student = student
         check_least("model", 0, multiplier=multiplier, multiplier_rate=multiplier_rate, boundary=boundary)
-        check_least("model", 2, levels=levels)
+        check_least("model", 1, levels=levels)
         if self.sample_guidance != 1.0:
             raise UsageError("model.sample_guidance: a controlled generator has its guidance within; leave it out")
         self.extractor = extractor
