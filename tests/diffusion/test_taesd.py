@@ -32,11 +32,10 @@ def folder(tmp_path_factory):
 
 
 def test_parts_are_those_of_the_published_files():
-    counts = [sum(weight.numel() for weight in part.parameters()) for part in (encoder(), decoder())]
+    states = encoder().state_dict(), decoder().state_dict()
+    counts = [sum(weight.numel() for weight in state.values()) for state in states]
     assert counts == [1_338_528, 1_338_499]
-    pooled = [
-        {int(key.split(".")[0]) for key in part.state_dict() if ".pool." in key} for part in (encoder(), decoder())
-    ]
+    pooled = [{int(key.split(".")[0]) for key in state if ".pool." in key} for state in states]
     assert pooled == [{11, 12, 13}, {3, 4, 5}]
     assert "2.bias" not in states[0]
     assert "7.bias" not in states[1]
