@@ -29,7 +29,7 @@ SMOLLM2 = "models/smollm2"  # the teacher of small language runs
 TOKENIZER = "models/tokenizer1k"  # and that of students with another tokenizer
 # tests/diffusion/test_prompts.py trains these on tiny pipelines of diffusers.
 TEXT = {"snoopi", "snoopi_sd15", "swiftbrush", "dmd2_sd15", "dmd2_sdxl", "dmd2_sd3", "nitrofusion_sdxl"}
-TEXT |= {"decoupled_dmd_sdxl", "phased_dmd_wan"}
+TEXT |= {"decoupled_dmd_lumina", "decoupled_dmd_sdxl", "phased_dmd_wan"}
 METHODS = sorted(
     path for domain in DOMAINS for path in (ROOT / "configs" / domain).glob("*.yaml") if path.stem not in TEXT
 )
