@@ -83,8 +83,10 @@ def _seconds(*words):
 
 @pytest.mark.parametrize("words", [["--version"], ["methods"], ["methods", "--json"]])
 def test_answers_in_half_a_second(words):
-    # The best of three: other processes of this machine can only make it slower.
-    assert min(_seconds("-m", "lit_distill", *words)[0] for _ in range(3)) < 0.5
+    # The best of five: other processes of this machine can only make it slower. Where Python itself takes more than
+    # 20 ms to start, the machine is slow or busy, and more is allowed; importing torch alone would be 80 times as much.
+    ours, bare = (min(_seconds(*start)[0] for _ in range(5)) for start in (["-m", "lit_distill", *words], ["-c", ""]))
+    assert ours < max(0.5, 25 * bare)
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "methods", "methods --json", "compare --help", "run --help"])
